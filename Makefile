@@ -1,0 +1,50 @@
+# make demo   a model cut over two workers answers a question through the API
+# make test   every test
+# make check  what CI runs: format, lint, types, import rules, tests
+# make serve  the server, left up
+.PHONY: demo test serve check lint fix bench proto setup clean
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+demo: $(READY)
+	$(BIN)/tllm demo
+
+serve: $(READY)
+	$(BIN)/tllm serve
+
+test: $(READY)
+	$(BIN)/python -m pytest tests
+
+check: lint test
+
+lint: $(READY)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: $(READY)
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: $(READY)
+	$(BIN)/python scripts/make_checkpoint.py --preset llama-3.2-1b --dtype bf16 --out .bench/llama-3.2-1b
+	$(BIN)/tllm bench latency .bench/llama-3.2-1b
+
+proto: $(READY)
+	sh scripts/proto.sh
+
+setup: $(READY)
+
+# torch comes first and pinned: a machine with the CPU build at hand takes that one, and nothing later replaces it.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .bench build src/*.egg-info tests/system/node/node_modules

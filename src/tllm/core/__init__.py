@@ -1,0 +1,1 @@
+"""The words everyone uses: types, errors, configuration, units. Standard library only."""
