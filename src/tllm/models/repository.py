@@ -1,0 +1,92 @@
+"""From what a user calls a model to the directory that holds it.
+
+A name is, in this order: `embedded`, the small model that comes with tllm; a directory; `org/name` on the Hugging
+Face hub, fetched into its cache when the `hub` extra is installed. No code of a repository is ever run or fetched.
+
+This file does not know what is in the directory.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+from tllm.core.errors import ModelError
+
+EMBEDDED: Final = "embedded"
+
+# Everything that tllm reads: config and tokenizer (*.json, and the older forms), weights, template.
+HUB_FILES: Final = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "chat_template.jinja")
+
+_HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve_model(name: str) -> Path:
+    """The directory of a model, fetched first if it has to be.
+
+    TLLM_OFFLINE=1 or HF_HUB_OFFLINE=1 keep it from the network: a hub model must then be in the cache. Raises
+    ModelError saying what was given and what to do.
+    """
+    if name == EMBEDDED:
+        return _embedded()
+    path = Path(name).expanduser()
+    if name and path.is_dir():  # the empty path would be the current directory
+        return path.resolve()
+    if name and path.exists():
+        raise ModelError(f"{name} is a file; give the directory that holds the model's config.json.")
+    if not _HUB_NAME.fullmatch(name):
+        raise ModelError(
+            f"There is no model {name!r}: it is neither {EMBEDDED!r}, nor an existing directory, nor a name on the hub "
+            "such as Qwen/Qwen3-0.6B."
+        )
+    return _from_hub(name)
+
+
+def _embedded() -> Path:
+    try:
+        directory = Path(str(importlib.resources.files("tllm.demo")))
+    except ModuleNotFoundError as error:
+        raise ModelError("This installation of tllm has no embedded model; give a directory or a hub name.") from error
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"The embedded model is missing from {directory}; install tllm again.")
+    return directory
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise ModelError(
+            f"There is no directory {name!r}. To fetch the model {name} from the Hugging Face hub, install "
+            "the extra: pip install 'tllm[hub]'."
+        ) from error
+    offline = any(os.environ.get(variable, "") not in ("", "0") for variable in ("TLLM_OFFLINE", "HF_HUB_OFFLINE"))
+    try:
+        found = huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES), local_files_only=offline)
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"The model {name} asks for its license to be accepted: do so at https://huggingface.co/{name}, then "
+            "log in with `hf auth login`."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"There is neither a directory {name!r} nor a model of that name on the hub (or it is private: log in with "
+            "`hf auth login`)."
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        why = "and this process is offline" if offline else "and the hub cannot be reached"
+        raise ModelError(f"There is no directory {name!r}; the hub's cache does not have the model {why}.") from error
+    except (_http_error(errors), errors.HFValidationError, OSError) as error:
+        raise ModelError(f"The model {name} could not be fetched from the hub: {error}") from error
+    return Path(found)
+
+
+def _http_error(errors: ModuleType) -> type[Exception]:
+    """The root of the errors of the client that the hub's library uses, which has been another one before."""
+    root: type[Exception] = errors.HTTPError
+    return root
