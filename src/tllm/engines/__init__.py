@@ -1,0 +1,1 @@
+"""What computes: one engine per framework behind one Protocol."""
