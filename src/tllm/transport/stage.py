@@ -1,0 +1,310 @@
+"""The data plane: one long-lived stream per edge of the pipeline, from a stage to the next one or home.
+
+    RpcLink ── Hello ─▶ StageServer           what the two were told about the edge must be the same
+            ◀─ Accepted ──
+            ── frame, frame, ... ─▶ Inbox     while the inbox is full the server does not read, so gRPC's flow
+            ── farewell ─▶                    control fills up and `send` waits
+            ◀─ status ──                      OK after a farewell; anything else says why the edge is gone
+
+A stream that ends without a farewell was lost. One stream per edge and epoch: a second peer is refused while there is
+a first, and after it; a lost edge comes back with the next epoch.
+
+This file does not know what a step is for, nor who is told when an edge is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import grpc
+import grpc.aio
+
+from tllm.core.errors import FrameError, TransportError
+from tllm.transport import wire
+from tllm.transport import wire_pb2 as pb
+from tllm.transport.base import FrameLimits, StageMessage
+from tllm.transport.channels import (
+    STREAM_ERRORS,
+    Liveness,
+    deadline,
+    first_ready,
+    grpc_options,
+    listen,
+    reason,
+    remove_sockets,
+)
+from tllm.transport.checks import check
+from tllm.transport.mailbox import Inbox
+
+if TYPE_CHECKING:  # generic in the stubs alone
+    Context = grpc.aio.ServicerContext[bytes, bytes]
+    Call = grpc.aio.StreamStreamCall[bytes, bytes]
+
+log = logging.getLogger(__name__)
+
+# Frames travel in messages of at most this size. A receiver sees the header of a frame before it takes memory for the
+# rest, and what is on its way at a time is little enough for a slow network to carry a ping's answer in time.
+_PIECE_BYTES = 256 << 10
+_MAX_FLOW_BYTES = 65536  # of a message from the receiver to the sender
+_HELLO_S = 10.0  # from the opening of a stream to its Hello
+_EPOCH_S = 60.0  # that a peer which was told of an epoch earlier than we may wait for us
+_WRITE_FAILED = "Internal error from Core"  # gRPC's words for a write that found the stream ended
+_STOP_S = 1.0  # for streams to end with a reason when a server closes
+_MAX_PEERS = 64  # streams at a time, refused and waiting ones included
+
+
+class StageServer:
+    """Where frames from the stage before arrive.
+
+    `capacity` is how many decoded messages wait in an inbox.
+    """
+
+    def __init__(self, *, capacity: int = 8, liveness: Liveness | None = None) -> None:
+        self._capacity = capacity
+        self._liveness = liveness or Liveness()
+        self._server: grpc.aio.Server | None = None
+        self._addresses: tuple[str, ...] = ()
+        self._edge: _Edge | None = None
+        self._edge_changed = asyncio.Event()
+
+    async def start(self, addresses: Sequence[str]) -> tuple[str, ...]:
+        """Listen on `unix:/path` and `host:port` addresses; returns them with real ports. Once.
+
+        Raises TransportError when one cannot be had; nothing listens then.
+        """
+        assert self._server is None
+        options = grpc_options(max_send_bytes=_MAX_FLOW_BYTES, max_receive_bytes=_PIECE_BYTES, liveness=self._liveness)
+        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=_MAX_PEERS)
+        # No (de)serialisers: bytes go straight to and from `wire`.
+        handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            "Stream": grpc.stream_stream_rpc_method_handler(self._stream)
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("tllm.Stage", handlers),))
+        self._addresses = await listen(server, addresses)
+        self._server = server
+        return self._addresses
+
+    def expect(self, limits: FrameLimits) -> Inbox:
+        """Take the one stream of this epoch; it may have been waiting. The inbox of an earlier epoch is closed and
+        its stream ended."""
+        if self._edge is not None:
+            self._edge.inbox.close()
+        self._edge = _Edge(limits, Inbox(self._capacity))
+        self._edge_changed.set()
+        self._edge_changed = asyncio.Event()
+        return self._edge.inbox
+
+    async def aclose(self) -> None:
+        """Stop listening, end every stream, close the inbox. Idempotent."""
+        if self._edge is not None:
+            self._edge.inbox.close()
+        if self._server is not None:
+            server, self._server = self._server, None
+            await server.stop(_STOP_S)
+            remove_sockets(self._addresses)
+
+    async def _stream(self, _requests: AsyncIterator[bytes], context: Context) -> None:
+        edge = await self._greet(context)
+        edge.taken = True
+        log.debug("epoch %d: %s is connected", edge.limits.epoch, context.peer())
+        receiving = asyncio.create_task(_receive(context, edge), name="receive frames")
+        closing = asyncio.create_task(edge.inbox.wait_closed(), name="wait for close")
+        try:
+            await context.write(pb.Flow(accepted=pb.Accepted()).SerializeToString())
+            await asyncio.wait({receiving, closing}, return_when=asyncio.FIRST_COMPLETED)
+            if closing.done():
+                await context.abort(grpc.StatusCode.CANCELLED, "the receiver closed the link")
+            match receiving.exception():
+                case None:
+                    edge.inbox.finish()
+                case FrameError() as error:
+                    edge.inbox.finish(error)
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                case TransportError() as error:
+                    edge.inbox.finish(error)
+                case bug if bug is not None:
+                    raise bug
+        finally:  # gRPC cancels this when the peer is gone
+            edge.inbox.finish(TransportError("the sender is gone"))
+            receiving.cancel()
+            closing.cancel()
+            await asyncio.gather(receiving, closing, return_exceptions=True)
+
+    async def _greet(self, context: Context) -> _Edge:
+        """The edge that this peer may take. Every refusal ends the stream with its reason."""
+        try:
+            async with asyncio.timeout(_HELLO_S):
+                hello = await context.read()
+            async with asyncio.timeout(_EPOCH_S):
+                agreed = wire.decode_hello(hello if isinstance(hello, bytes) else b"")
+                while (edge := self._edge) is None or edge.limits.epoch < agreed.epoch:
+                    await self._edge_changed.wait()
+        except FrameError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "nothing was agreed with this peer in time")
+        if difference := _difference(edge.limits, agreed):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, difference)
+        if edge.taken:
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"epoch {agreed.epoch} has, or had, another sender")
+        return edge
+
+
+class _Edge:
+    """One epoch's stream, expected or there."""
+
+    def __init__(self, limits: FrameLimits, inbox: Inbox) -> None:
+        self.limits = limits
+        self.inbox = inbox
+        self.taken = False
+
+
+async def _receive(context: Context, edge: _Edge) -> None:
+    """Until the farewell. Raises TransportError when the stream ends without one."""
+    while True:
+        data = await _read(context)
+        if data == wire.FAREWELL:
+            return
+        num_bytes = wire.frame_length(data, edge.limits)
+        await edge.inbox.put(wire.decode(await _receive_rest(context, data, num_bytes), edge.limits))
+
+
+async def _receive_rest(context: Context, first: bytes, num_bytes: int) -> bytes:
+    """The frame of which `first` is the first piece. Every piece but the last is full: many small ones would take
+    many times the memory that the frame says it needs."""
+    pieces, num_missing = [first], num_bytes - len(first)
+    while len(pieces[-1]) == _PIECE_BYTES and num_missing > 0:
+        pieces.append(await _read(context))
+        num_missing -= len(pieces[-1])
+    if num_missing:
+        raise FrameError("a frame whose pieces do not make up its length")
+    return first if len(pieces) == 1 else b"".join(pieces)
+
+
+async def _read(context: Context) -> bytes:
+    """The next message. Raises TransportError when there is none."""
+    try:
+        data = await context.read()
+    except STREAM_ERRORS as error:
+        raise TransportError(f"the sender is gone: {reason(error)}") from error
+    if not isinstance(data, bytes):
+        raise TransportError("the sender is gone")
+    return data
+
+
+def _difference(ours: FrameLimits, theirs: FrameLimits) -> str:
+    """What the two sides were told differently; empty when nothing."""
+    if theirs.epoch < ours.epoch:
+        return f"epoch {theirs.epoch} is over; epoch {ours.epoch} is in force"
+    differing = [
+        f"{field.name} is {getattr(ours, field.name)} here and {getattr(theirs, field.name)} there"
+        for field in fields(FrameLimits)
+        if getattr(ours, field.name) != getattr(theirs, field.name)
+    ]
+    return "; ".join(differing)
+
+
+class RpcLink:
+    """The sending end of an edge; made by `connect`."""
+
+    def __init__(
+        self, channel: grpc.aio.Channel, call: Call, address: str, limits: FrameLimits, close_timeout_s: float
+    ) -> None:
+        self.address = address
+        self._channel = channel
+        self._call = call
+        self._limits = limits
+        self._close_timeout_s = close_timeout_s
+        self._sending = asyncio.Lock()  # gRPC takes one write at a time
+        self._closing = asyncio.Lock()
+        self._broken: str | None = None
+
+    async def send(self, message: StageMessage) -> None:
+        """As in `Link`. Cancelling a send that had begun breaks the link: nobody could say what the peer got of it."""
+        check(message, self._limits)
+        data = wire.encode(message)
+        wire.frame_length(data, self._limits)
+        async with self._sending:
+            if self._broken is not None:
+                raise TransportError(self._broken)
+            try:
+                for start in range(0, len(data), _PIECE_BYTES):
+                    await self._call.write(data[start : start + _PIECE_BYTES])
+            except STREAM_ERRORS as error:
+                self._broken = f"the link to {self.address} is gone: {await self._why(error)}"
+                raise TransportError(self._broken) from error
+            except asyncio.CancelledError:
+                self._broken = f"the link to {self.address} is gone: a message was cut off"
+                raise
+
+    async def wait_lost(self) -> str:
+        """Until the edge is gone, even while nothing is sent; why. It is also gone once this side closed it."""
+        code = await self._call.code()
+        return f"the link to {self.address} is gone: {await self._call.details() or code.name.lower()}"
+
+    async def _why(self, error: BaseException) -> str:
+        """The receiver's own words where they came before the failure."""
+        if not self._call.done():
+            return reason(error)
+        details = await self._call.details()
+        if not details or details == _WRITE_FAILED:
+            return "the receiver is gone"
+        return f"{details} ({(await self._call.code()).name.lower()})"
+
+    async def aclose(self) -> None:
+        """As in `Link`; returns when the receiver has everything, or after the deadline."""
+        async with self._closing:
+            try:
+                if self._broken is None:
+                    self._broken = "the link is closed"
+                    await self._say_farewell()
+            finally:
+                self._call.cancel()
+                await self._channel.close()
+
+    async def _say_farewell(self) -> None:
+        try:
+            async with asyncio.timeout(self._close_timeout_s), self._sending:
+                await self._call.write(wire.FAREWELL)
+                await self._call.done_writing()
+                await self._call.code()
+        except TimeoutError:
+            log.warning("%s did not take everything within %g s", self.address, self._close_timeout_s)
+        except STREAM_ERRORS as error:
+            log.debug("%s was gone before the farewell: %s", self.address, reason(error))
+
+
+async def connect(
+    addresses: Sequence[str],
+    limits: FrameLimits,
+    *,
+    timeout_s: float,
+    close_timeout_s: float = 5.0,
+    liveness: Liveness | None = None,
+) -> RpcLink:
+    """A link to the server at the first address that answers, which has agreed to `limits`.
+
+    A server that is not up yet, or not yet told of the epoch, is waited for until `timeout_s` is over. Raises
+    TransportError then, and at once when the server refuses, with its reason.
+    """
+    options = grpc_options(
+        max_send_bytes=_PIECE_BYTES, max_receive_bytes=_MAX_FLOW_BYTES, liveness=liveness or Liveness()
+    )
+    async with deadline(timeout_s, f"no stage answered at {', '.join(addresses)}"):
+        channel, address = await first_ready(addresses, options)
+        try:
+            call: Call = channel.stream_stream("/tllm.Stage/Stream")()
+            await call.write(wire.encode_hello(limits))
+            answer = await call.read()
+            if not isinstance(answer, bytes):
+                raise TransportError(f"{address} ended the stream instead of accepting it")
+        except BaseException as error:
+            await channel.close()
+            if isinstance(error, STREAM_ERRORS):
+                raise TransportError(f"{address} refused the link: {reason(error)}") from error
+            raise
+    return RpcLink(channel, call, address, limits, close_timeout_s)
