@@ -1,0 +1,1 @@
+"""Which node holds which layers, and why. Pure: profiles in, plan out."""
