@@ -1,0 +1,221 @@
+"""The torch engine: one shard on a CPU, a CUDA device or MPS.
+
+It validates a step as a whole before it computes any of it, so a malformed chunk harms nobody's KV; reads rows of
+hidden states or embeds tokens; runs the decoder; and, with the head, samples and scores just the rows that ask for it.
+
+T rows, M hidden size, R rows projected, V vocabulary. This file does not know processes, links or sequences' lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tllm.core.errors import ConfigError, EngineError
+from tllm.core.types import Activation, Codec, Sampled, Score, Scored, SequenceFailed, Step, StepResult
+from tllm.engines.base import EngineConfig, EngineStatistics
+from tllm.engines.packing import BlockLedger, PackedChunk, PackedStep, pack
+from tllm.engines.torch import sampler
+from tllm.engines.torch.attention import kernel_for
+from tllm.engines.torch.decoder import Decoder
+from tllm.engines.torch.kv import KVCache
+from tllm.engines.torch.loader import TORCH_DTYPES, load_weights
+from tllm.engines.torch.memory import free_bytes
+from tllm.models.checkpoint import Checkpoint
+from tllm.models.spec import LearnedPositions, ModelSpec
+
+_ROWS_SCORED_AT_ONCE = 64  # 64 rows x 128k vocabulary x 4 bytes = 33 MB of logits
+
+
+class TorchEngine:
+    """Implements `tllm.engines.base.Engine`. Raises ConfigError when made for a device that is not there."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        if config.shard.ranks != 1:
+            raise EngineError(
+                f"the shard is rank {config.shard.rank} of {config.shard.ranks}, "
+                "but the torch engine computes whole layers only; plan one rank per stage"
+            )
+        self._config = config
+        self._device = _device(config.device)
+        self._dtype = TORCH_DTYPES[config.dtype]
+        self._spec: ModelSpec | None = None
+        self._decoder: Decoder | None = None
+        self._kv: KVCache | None = None
+        self._ledger: BlockLedger | None = None
+        self._max_positions = 0
+        self._weight_bytes = 0
+        self._num_steps = 0
+        self._num_tokens = 0
+
+    def load(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> None:
+        if self._config.num_threads is not None:
+            torch.set_num_threads(self._config.num_threads)
+        spec = checkpoint.spec
+        self._max_positions = self._config.max_positions or spec.max_positions
+        if isinstance(spec.positions, LearnedPositions) and self._max_positions > spec.positions.num_positions:
+            raise EngineError(
+                f"{self._max_positions} positions were asked for, but the model learned {spec.positions.num_positions}"
+            )
+        needed, free = checkpoint.weight_bytes(self._config.shard, self._config.dtype), self.free_bytes()
+        if needed > free:
+            raise EngineError(f"the shard's weights take {needed} bytes, but {self._device} has {free} left")
+        with torch.inference_mode(), _as_engine_errors():
+            weights = load_weights(checkpoint, self._config.shard, self._config.dtype, self._device, progress)
+            self._decoder = Decoder(spec, weights, self._device, kernel_for(self._device), self._max_positions)
+        self._spec = spec
+        self._weight_bytes = weights.num_bytes
+
+    def free_bytes(self) -> int:
+        return free_bytes(self._device)
+
+    def allocate(self, num_blocks: int, block_size: int) -> None:
+        if self._spec is None:
+            raise EngineError("the engine has no weights: load comes before allocate")
+        if num_blocks < 1 or block_size < 1:
+            raise EngineError(f"{num_blocks} blocks of {block_size} positions were asked for; both must be at least 1")
+        self._kv, self._ledger = None, None  # first give back, then take
+        per_position = self._spec.kv_bytes_per_position(len(self._config.shard.layers), self._config.dtype)
+        needed, free = num_blocks * block_size * per_position, self.free_bytes()
+        if needed > free:
+            raise EngineError(
+                f"{num_blocks} blocks of {block_size} positions take {needed} bytes, but {self._device} has {free} left"
+            )
+        with torch.inference_mode(), _as_engine_errors():
+            self._kv = KVCache(
+                self._config.shard.layers,
+                num_kv_heads=self._spec.num_kv_heads,
+                head_dim=self._spec.head_dim,
+                num_blocks=num_blocks,
+                block_size=block_size,
+                dtype=self._dtype,
+                device=self._device,
+            )
+        self._ledger = BlockLedger(num_blocks, block_size)
+
+    def forward(self, step: Step, hidden: Activation | None) -> Activation | StepResult:
+        if self._spec is None or self._decoder is None or self._kv is None or self._ledger is None:
+            raise EngineError("the engine is not ready: load and allocate come before forward")
+        packed = pack(
+            step,
+            num_blocks=self._kv.num_blocks,
+            block_size=self._kv.block_size,
+            vocab_size=self._spec.vocab_size,
+            max_positions=self._max_positions,
+        )
+        shape = (packed.num_rows, self._spec.hidden_size)
+        self._check_hidden(hidden, shape)
+        with self._ledger.writing(packed), torch.inference_mode(), _as_engine_errors():
+            self._kv.copy(packed.copies)
+            if packed.num_rows == 0:
+                x_TM = torch.empty(shape, dtype=self._dtype, device=self._device)
+            else:
+                x_TM = self._decoder.embed(packed) if hidden is None else self._from_wire(hidden)
+                x_TM = self._decoder.layers(x_TM, packed, self._kv)
+            answer = self._results(step, packed, x_TM) if self._config.shard.head else self._to_wire(x_TM)
+        self._num_steps += 1
+        self._num_tokens += packed.num_rows
+        return answer
+
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(
+            weight_bytes=self._weight_bytes,
+            kv_bytes=0 if self._kv is None else self._kv.num_bytes,
+            num_blocks=0 if self._kv is None else self._kv.num_blocks,
+            num_steps=self._num_steps,
+            num_tokens=self._num_tokens,
+        )
+
+    def close(self) -> None:
+        self._spec = self._decoder = self._kv = self._ledger = None
+        self._weight_bytes = 0
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _results(self, step: Step, packed: PackedStep, x_TM: Tensor) -> StepResult:
+        assert self._decoder is not None
+        scored, failed = [], []
+        for chunk in packed.scored:
+            if torch.isfinite(x_TM[chunk.first_row : chunk.first_row + chunk.num_rows]).all():
+                scored.append(self._score(chunk, x_TM))
+            else:
+                failed.append(SequenceFailed(seq=chunk.chunk.seq, reason="its hidden states are not finite"))
+        lost = {failure.seq for failure in failed}
+        sampling = [chunk for chunk in packed.sampled if chunk.chunk.seq not in lost]
+        sampled: list[Sampled] = []
+        if sampling:
+            rows = torch.tensor([chunk.rows[-1] for chunk in sampling], device=self._device)
+            states = [chunk.chunk.sampling for chunk in sampling if chunk.chunk.sampling is not None]
+            logits_RV = self._decoder.logits(x_TM.index_select(0, rows))
+            sampled, not_sampled = sampler.sample(logits_RV, states, [chunk.chunk.seq for chunk in sampling])
+            failed += not_sampled
+        return StepResult(
+            step=step.id, epoch=step.epoch, sampled=tuple(sampled), scored=tuple(scored), failed=tuple(failed)
+        )
+
+    def _score(self, chunk: PackedChunk, x_TM: Tensor) -> Scored:
+        assert self._decoder is not None
+        assert chunk.chunk.scoring is not None
+        targets, top = chunk.chunk.scoring.targets, chunk.chunk.scoring.top
+        scores: list[Score] = []
+        for first in range(0, len(targets), _ROWS_SCORED_AT_ONCE):
+            some = targets[first : first + _ROWS_SCORED_AT_ONCE]
+            rows = x_TM.narrow(0, chunk.first_row + first, len(some))
+            scores.extend(sampler.score(self._decoder.logits(rows), some, top))
+        return Scored(seq=chunk.chunk.seq, start=chunk.start, scores=tuple(scores))
+
+    def _check_hidden(self, hidden: Activation | None, shape: tuple[int, int]) -> None:
+        if self._config.shard.embed:
+            if hidden is not None:
+                raise EngineError("the shard embeds tokens itself, but was given hidden states")
+            return
+        if hidden is None:
+            raise EngineError("the shard does not embed tokens and was given no hidden states")
+        if hidden.shape != shape or hidden.dtype is not self._config.dtype or hidden.codec is not Codec.RAW:
+            raise EngineError(
+                f"hidden states are {hidden.codec} {hidden.dtype} {hidden.shape}; "
+                f"this step needs raw {self._config.dtype} {shape}"
+            )
+        num_bytes = shape[0] * shape[1] * hidden.dtype.num_bytes
+        if memoryview(hidden.data).nbytes != num_bytes:
+            raise EngineError(f"hidden states have {memoryview(hidden.data).nbytes} bytes instead of {num_bytes}")
+
+    def _from_wire(self, hidden: Activation) -> Tensor:
+        """A copy of our own: the sender's bytes may be read-only, and aligned anyhow."""
+        x_TM = torch.empty(hidden.shape, dtype=self._dtype)
+        x_TM.view(-1).view(torch.uint8).numpy()[:] = np.frombuffer(hidden.data, dtype=np.uint8)
+        return x_TM.to(self._device)
+
+    def _to_wire(self, x_TM: Tensor) -> Activation:
+        """No copy on a CPU: the bytes belong to the tensor, which nobody else holds."""
+        array = x_TM.contiguous().cpu().view(-1).view(torch.uint8).numpy()
+        return Activation(data=array.data, dtype=self._config.dtype, shape=(x_TM.shape[0], x_TM.shape[1]))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"torch does not know the device {name!r}; use cpu, cuda, cuda:1 or mps") from error
+    match device.type:
+        case "cpu":
+            return device
+        case "cuda" if torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count():
+            return device
+        case "mps" if torch.backends.mps.is_available():
+            return device
+        case _:
+            raise ConfigError(f"this machine's torch {torch.__version__} cannot use the device {name!r}; cpu always is")
+
+
+@contextmanager
+def _as_engine_errors() -> Iterator[None]:
+    """torch speaks of lack of memory and of failing kernels by RuntimeError alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise EngineError(f"torch failed: {error}") from error

@@ -1,0 +1,11 @@
+"""One thread: tiny tensors gain nothing from two, and spinning threads lose much on a busy machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
