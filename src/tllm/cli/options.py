@@ -1,0 +1,102 @@
+"""Flags that several verbs share, and the configurations they become.
+
+Every flag can be set by its environment variable as well; the flag wins.
+"""
+
+from __future__ import annotations
+
+import logging
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from tllm.core.config import DEFAULT_BLOCK_SIZE, DEFAULT_MAX_BATCH_TOKENS, EMBEDDED_MODEL, ModelConfig, NodeConfig
+from tllm.core.types import DType
+from tllm.core.units import parse_bytes
+
+
+class LogLevel(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(help="A directory in Hugging Face layout, a hub id, or the embedded model.", envvar="TLLM_MODEL"),
+]
+ModelDType = Annotated[
+    DType | None,
+    typer.Option(
+        "--dtype", help="Of weights, KV and activations; the checkpoint's own by default.", envvar="TLLM_DTYPE"
+    ),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", envvar="TLLM_DEVICE")]
+Threads = Annotated[
+    int | None, typer.Option(help="For all workers of this machine together; all by default.", envvar="TLLM_THREADS")
+]
+Workers = Annotated[int, typer.Option(help="Cut this machine's part into that many stages.", envvar="TLLM_WORKERS")]
+Pin = Annotated[bool, typer.Option("--pin", help="Pin every worker to processors of its own.", envvar="TLLM_PIN")]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="For weights and KV on this machine, such as 6GiB; most of what is free by default."),
+]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="Longest context, prompt and answer; the model's own by default.")
+]
+KVMemory = Annotated[str | None, typer.Option("--kv-memory", help="KV cache of every stage, such as 2GiB.")]
+BlockSize = Annotated[int, typer.Option(help="Positions per KV block.")]
+MaxBatchTokens = Annotated[int, typer.Option(help="Tokens computed in one step at most.")]
+Seed = Annotated[int | None, typer.Option(help="For requests that bring none; drawn anew for each by default.")]
+Log = Annotated[LogLevel, typer.Option("--log-level", help="How much to say on stderr.", envvar="TLLM_LOG_LEVEL")]
+
+
+def model_config(
+    *,
+    model: str = EMBEDDED_MODEL,
+    served_names: tuple[str, ...] = (),
+    dtype: DType | None = None,
+    max_model_len: int | None = None,
+    kv_memory: str | None = None,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    max_batch_tokens: int = DEFAULT_MAX_BATCH_TOKENS,
+    seed: int | None = None,
+) -> ModelConfig:
+    return ModelConfig(
+        model=model,
+        served_names=served_names,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        kv_bytes=parse_bytes(kv_memory) if kv_memory else None,
+        block_size=block_size,
+        max_batch_tokens=max_batch_tokens,
+        seed=seed,
+    )
+
+
+def node_config(
+    *,
+    name: str | None = None,
+    threads: int | None = None,
+    memory: str | None = None,
+    device: str = "cpu",
+    workers: int = 1,
+    pin: bool = False,
+) -> NodeConfig:
+    return NodeConfig(
+        name=name,
+        num_threads=threads,
+        memory_bytes=parse_bytes(memory) if memory else None,
+        device=device,
+        num_workers=workers,
+        pin=pin,
+    )
+
+
+def set_up_logging(level: LogLevel) -> None:
+    """Plain lines on stderr."""
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )

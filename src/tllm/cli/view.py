@@ -1,0 +1,116 @@
+"""What a person sees while a head starts: nodes, the plan, a bar for every shard, and how it ended.
+
+This file does not know how any of it comes about.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from tllm.cluster.events import (
+    HeadEvent,
+    Listening,
+    Lost,
+    NodeJoined,
+    Planned,
+    Serving,
+    ShardLoaded,
+    ShardLoading,
+    Waiting,
+)
+from tllm.core.units import format_bytes, format_seconds
+from tllm.planner.plan import Plan, StagePlan
+from tllm.planner.profile import ModelProfile
+
+
+class StartView:
+    """Shows a head's events on a console; a context, because progress bars own the terminal while they move."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TextColumn("{task.fields[took]}"),
+            console=console,
+        )
+        self._bars: dict[int, TaskID] = {}  # by a stage's first layer
+
+    def __enter__(self) -> StartView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: HeadEvent) -> None:
+        console = self._console
+        match event:
+            case Listening():
+                return  # only a server that other machines are meant for shows where they can join
+            case NodeJoined():
+                node = event.node
+                console.print(
+                    f"  + {node.name}: {node.num_threads} threads, {format_bytes(node.memory_bytes)}, "
+                    f"{node.device}, {node.platform}",
+                    highlight=False,
+                )
+            case Waiting():
+                console.print(f"Waiting for {event.num_nodes} node{'s' * (event.num_nodes > 1)}.", highlight=False)
+            case Planned():
+                console.print(plan_table(event.model, event.plan))
+                for line in event.plan.dropped:
+                    console.print(f"  not used: {line}", highlight=False)
+            case ShardLoading():
+                self._advance(event.stage, event.done_bytes, event.total_bytes)
+            case ShardLoaded():
+                held = event.stage.held_bytes
+                self._advance(event.stage, held, held, took=f"in {format_seconds(event.load_s)}")
+            case Serving():
+                self._progress.stop()
+                positions = event.num_blocks * event.block_size
+                console.print(
+                    f"Serving: contexts of {event.max_model_len} tokens, KV for {positions} in all",
+                    highlight=False,
+                )
+            case Lost():
+                self._progress.stop()
+                console.print(f"Lost: {event.reason}", highlight=False, style="red")
+
+    def _advance(self, stage: StagePlan, done_bytes: int, total_bytes: int, *, took: str = "") -> None:
+        first = stage.shard.first_layer
+        if first not in self._bars:
+            self._progress.start()
+            description = f"{stage.node.name} {layers_text(stage)}"
+            self._bars[first] = self._progress.add_task(description, total=total_bytes, took="")
+        self._progress.update(self._bars[first], completed=done_bytes, total=total_bytes, took=took)
+
+
+def layers_text(stage: StagePlan) -> str:
+    """`layers 0..3`, counted from the model's first."""
+    return f"layers {stage.shard.first_layer}..{stage.shard.last_layer - 1}"
+
+
+def plan_table(model: ModelProfile, plan: Plan) -> Table:
+    """Which node holds which layers, what that takes, and what a decode step reads there."""
+    table = Table(title=f"{model.name}: {model.num_layers} layers, {len(plan.stages)} stage(s)", title_justify="left")
+    for column in ("node", "layers", "holds", "threads", "weights", "read per step"):
+        table.add_column(column, justify="left" if column in ("node", "layers", "holds") else "right")
+    for stage in plan.stages:
+        shard = stage.shard
+        ends = ["embedding"] * shard.embed + ["layers"] + ["head"] * shard.head
+        table.add_row(
+            stage.node.name,
+            f"{shard.first_layer}..{shard.last_layer - 1}",
+            ", ".join(ends),
+            str(stage.num_threads),
+            format_bytes(stage.held_bytes),
+            format_bytes(stage.read_bytes),
+        )
+    return table

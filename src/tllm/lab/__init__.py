@@ -1,0 +1,1 @@
+"""Measurements: what a system does, beside what the hardware allows."""
