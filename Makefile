@@ -30,9 +30,16 @@ fix: $(READY)
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(READY)
-	$(BIN)/python scripts/make_checkpoint.py --preset llama-3.2-1b --dtype bf16 --out .bench/llama-3.2-1b
-	$(BIN)/tllm bench latency .bench/llama-3.2-1b
+bench: $(READY) .bench/llama-3.2-1b
+	$(BIN)/tllm bench latency .bench/llama-3.2-1b --against transformers --http --tokens 32 --turns 7
+	$(BIN)/tllm bench latency .bench/llama-3.2-1b --pipeline --tokens 32 --streams 16
+	$(BIN)/tllm bench latency .bench/llama-3.2-1b --pipeline --tokens 32 --streams 64
+	$(BIN)/python scripts/bench_hop.py
+	$(BIN)/python scripts/bench_scheduler.py
+
+# The published shape with random weights: 2.5 GB.
+.bench/llama-3.2-1b: | $(READY)
+	$(BIN)/python scripts/make_checkpoint.py llama-3.2-1b --out $@
 
 proto: $(READY)
 	sh scripts/proto.sh

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tllm.cli import options
-from tllm.core.config import EMBEDDED_MODEL, ModelConfig, ServeConfig
+from tllm.core.config import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from tllm.lab.latency import Series
+    from tllm.lab.server import Server
     from tllm.lab.system import ChildSystem, Decode, Prefill
 
 app = typer.Typer(help="Measure speeds beside the hardware's limits.", no_args_is_help=True)
@@ -49,10 +49,12 @@ def latency(
     from tllm.cluster.head import model_profile
     from tllm.core.units import format_bytes
     from tllm.lab.latency import in_turns, stream_rate
+    from tllm.lab.server import serving
     from tllm.lab.system import ChildSystem, Decode, Prefill
     from tllm.models.checkpoint import Checkpoint
     from tllm.models.repository import resolve_model
 
+    arguments = [model, *(["--dtype", dtype] if dtype else [])]
     console = Console(highlight=False, soft_wrap=True, markup=False)
     num_threads = threads or num_processors()
     directory = resolve_model(model)
@@ -72,60 +74,49 @@ def latency(
         )
         request = Decode(batch=1, context=context, num_steps=tokens)
         decode = in_turns([(system.name, _decode_rate(system, request)) for system in systems], num_turns=turns)
-        _print_lines(console.print, f"decode, batch 1, after {context} tokens [tokens/s]", decode, limit)
+        title = f"decode, batch 1, after {context} tokens [tokens/s]"
+        _print_lines(console.print, title, decode, (limit,) * len(decode))
         prompt = Prefill(num_tokens=prompt_tokens)
         prefill = in_turns([(system.name, _prefill_rate(system, prompt)) for system in systems], num_turns=turns)
         _print_lines(console.print, f"prefill of {prompt_tokens} tokens [tokens/s]", prefill)
         if http:
-            url, name = _service(
-                stack, ServeConfig(port=0, grpc_port=0, model=ModelConfig(model=model, dtype=dtype)), threads
-            )
+            server = stack.enter_context(serving([*arguments, "--threads", str(num_threads)]))
             engine, ids = systems[0], [7 * at % 256 for at in range(context)]
             series = in_turns(
                 [
+                    ("through HTTP", lambda: stream_rate(server.url, server.model, prompt=ids, num_tokens=tokens + 1)),
                     ("engine alone", _decode_rate(engine, request)),
-                    ("through HTTP", lambda: stream_rate(url, name, prompt=ids, num_tokens=tokens + 1)),
                 ],
                 num_turns=turns,
             )
-            _print_lines(console.print, "one stream [tokens/s]", series, limit)
-    if pipeline:
-        _pipeline(model, dtype, context=context, tokens=tokens, streams=streams, turns=turns)
+            _print_lines(console.print, "one stream [tokens/s]", series, (limit, limit))
+        bandwidths = (systems[0].bandwidth(1), systems[0].bandwidth(2)) if pipeline else None
+    if bandwidths is not None:
+        console.print(
+            f"\nOne core reads {format_bytes(bandwidths[0])}/s, two together {format_bytes(bandwidths[1])}/s. "
+            "One worker reads the weights once for a token of every stream; two do so twice, for half of them each."
+        )
+        series = _pipeline(arguments, context=context, tokens=tokens, streams=streams, turns=turns)
+        limits = (bandwidths[1] / 2 * streams / step_bytes, bandwidths[0] * streams / step_bytes)
+        _print_lines(console.print, f"{streams} streams together [tokens/s]", series, limits)
 
 
-def _pipeline(model: str, dtype: options.ModelDType, *, context: int, tokens: int, streams: int, turns: int) -> None:
+def _pipeline(arguments: list[str], *, context: int, tokens: int, streams: int, turns: int) -> list[Series]:
     """Two workers, each pinned to a core of its own, in turns with one such worker."""
-    from rich.console import Console
-
     from tllm.lab.latency import aggregate_rate, in_turns
+    from tllm.lab.server import serving
 
     ids = [7 * at % 256 for at in range(context)]
-    config = ServeConfig(port=0, grpc_port=0, model=ModelConfig(model=model, dtype=dtype))
     with ExitStack() as stack:
         lines = []
-        for workers in (1, 2):
-            local = options.node_config(threads=workers, workers=workers, pin=True)
-            url, name = _service(stack, replace(config, local_node=local), None)
+        for workers in ("2", "1"):
+            server = stack.enter_context(serving([*arguments, "--workers", workers, "--threads", workers, "--pin"]))
 
-            def measure(url: str = url, name: str = name) -> float:
-                return aggregate_rate(url, name, prompt=ids, num_tokens=tokens, num_streams=streams)
+            def measure(server: Server = server) -> float:
+                return aggregate_rate(server.url, server.model, prompt=ids, num_tokens=tokens, num_streams=streams)
 
-            lines.append((f"{workers} one-core worker{'s' * (workers > 1)}", measure))
-        series = in_turns(lines, num_turns=turns)
-    _print_lines(
-        Console(highlight=False, soft_wrap=True, markup=False).print,
-        f"{streams} streams together [tokens/s]",
-        series[::-1],
-    )
-
-
-def _service(stack: ExitStack, config: ServeConfig, threads: int | None) -> tuple[str, str]:
-    from tllm.cli.serving import background_service
-
-    if threads is not None:
-        config = replace(config, local_node=options.node_config(threads=threads))
-    service = stack.enter_context(background_service(config, lambda event: None))
-    return service.url, service.deployment.names[0]
+            lines.append((f"{workers} one-core worker{'s' * (workers != '1')}", measure))
+        return in_turns(lines, num_turns=turns)
 
 
 def _decode_rate(system: ChildSystem, request: Decode) -> Callable[[], float]:
@@ -136,12 +127,14 @@ def _prefill_rate(system: ChildSystem, request: Prefill) -> Callable[[], float]:
     return lambda: request.num_tokens / system.prefill(request)
 
 
-def _print_lines(say: Callable[[str], None], title: str, series: Sequence[Series], limit: float | None = None) -> None:
-    """One line a system: median, range, share of the limit, and the first one's ratio to each other."""
+def _print_lines(
+    say: Callable[[str], None], title: str, series: Sequence[Series], limits: Sequence[float] = ()
+) -> None:
+    """One line a system: median, range, share of what memory allows, and the first one's ratio to each other."""
     say(f"\n{title}")
-    for line in series:
-        share = f"   {line.median / limit:4.0%} of the limit" if limit else ""
-        ratio = f"   {series[0].name} / {line.name} = {series[0].ratio_to(line):.2f}" if line is not series[0] else ""
+    for index, line in enumerate(series):
+        share = f"   {line.median / limits[index]:4.0%} of {limits[index]:.1f}" if limits else ""
+        ratio = f"   {series[0].name} / {line.name} = {series[0].ratio_to(line):.2f}" if index else ""
         say(
             f"  {line.name:<18} {line.median:9.2f}   ({min(line.rates):.2f} .. {max(line.rates):.2f}, "
             f"{len(line.rates)} turns){share}{ratio}"

@@ -165,7 +165,7 @@ class Driver:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._send(link), name="driver send")
-                tasks.create_task(self._receive(inbox), name="driver receive")
+                tasks.create_task(self._receive(link, inbox), name="driver receive")
         except* TransportError as group:
             raise TransportError("; ".join(str(error) for error in group.exceptions)) from group
 
@@ -206,20 +206,24 @@ class Driver:
     async def _send(self, link: Link) -> None:
         while True:
             self._work.clear()
-            while (step := self._scheduler.schedule()) is not None:
-                now_s = self._clock()
-                for chunk in step.chunks:
-                    if (generation := self._generations.get(chunk.seq)) is not None:
-                        generation.scheduled(now_s)
-                self._num_steps += 1
-                try:
-                    await link.send(StepFrame(step=step))
-                except FrameError as error:  # nothing was sent; the sequence to blame is found as for any failed step
-                    failed = StepFailed(step=step.id, epoch=step.epoch, layers=(0, 0), reason=str(error))
-                    self.deliver(self._scheduler.fail(failed))
+            await self._send_steps(link)
             await self._work.wait()
 
-    async def _receive(self, inbox: Inbox) -> None:
+    async def _send_steps(self, link: Link) -> None:
+        """All steps that can be made now. Links take messages in the order of the calls, so both tasks may do this."""
+        while (step := self._scheduler.schedule()) is not None:
+            now_s = self._clock()
+            for chunk in step.chunks:
+                if (generation := self._generations.get(chunk.seq)) is not None:
+                    generation.scheduled(now_s)
+            self._num_steps += 1
+            try:
+                await link.send(StepFrame(step=step))
+            except FrameError as error:  # nothing was sent; the sequence to blame is found as for any failed step
+                failed = StepFailed(step=step.id, epoch=step.epoch, layers=(0, 0), reason=str(error))
+                self.deliver(self._scheduler.fail(failed))
+
+    async def _receive(self, link: Link, inbox: Inbox) -> None:
         async for message in inbox:
             if isinstance(message, StepResult):
                 self._num_results += 1
@@ -229,8 +233,12 @@ class Driver:
                 updates = self._scheduler.fail(message)
             else:
                 raise TransportError("The last stage sent a step instead of a result.")
-            self.deliver(updates)
-            self._work.set()
+            # The next step leaves before anybody reads of this one: cores wait for steps, people for tokens. What the
+            # scheduler has counted is delivered in any case, or a stream that goes on elsewhere would miss it.
+            try:
+                await self._send_steps(link)
+            finally:
+                self.deliver(updates)
         raise TransportError("The last stage closed its stream.")
 
     def deliver(self, updates: tuple[Update, ...]) -> None:
