@@ -10,11 +10,14 @@ import typer
 
 from tllm.cli import options
 from tllm.core.config import EMBEDDED_MODEL
+from tllm.core.types import DType
 
 if TYPE_CHECKING:
     from tllm.lab.latency import Series
     from tllm.lab.server import Server
     from tllm.lab.system import ChildSystem, Decode, Prefill
+
+_BUS = "the memory bus"  # reading a step's bytes and doing nothing with them
 
 app = typer.Typer(help="Measure speeds beside the hardware's limits.", no_args_is_help=True)
 
@@ -66,16 +69,18 @@ def latency(
     names = ["tllm"] + ([against] if against else [])
     with ExitStack() as stack:
         systems = [stack.enter_context(ChildSystem(name, directory, served_dtype, num_threads)) for name in names]
-        bandwidth = systems[0].bandwidth(num_threads)
-        limit = bandwidth / (step_bytes + kv_bytes)
         console.print(
-            f"{model}: {served_dtype}, {num_threads} threads. Memory reads {format_bytes(bandwidth)}/s; a decode step "
-            f"reads {format_bytes(step_bytes + kv_bytes)}, so that at most {limit:.2f} steps/s are possible."
+            f"{model}: {served_dtype}, {num_threads} threads; a decode step reads {format_bytes(step_bytes + kv_bytes)}"
         )
+
+        def bus() -> float:
+            return systems[0].bandwidth(num_threads) / (step_bytes + kv_bytes)
+
         request = Decode(batch=1, context=context, num_steps=tokens)
-        decode = in_turns([(system.name, _decode_rate(system, request)) for system in systems], num_turns=turns)
-        title = f"decode, batch 1, after {context} tokens [tokens/s]"
-        _print_lines(console.print, title, decode, (limit,) * len(decode))
+        decode = in_turns(
+            [*((system.name, _decode_rate(system, request)) for system in systems), (_BUS, bus)], num_turns=turns
+        )
+        _print_lines(console.print, f"decode, batch 1, after {context} tokens [tokens/s]", decode)
         prompt = Prefill(num_tokens=prompt_tokens)
         prefill = in_turns([(system.name, _prefill_rate(system, prompt)) for system in systems], num_turns=turns)
         _print_lines(console.print, f"prefill of {prompt_tokens} tokens [tokens/s]", prefill)
@@ -86,29 +91,31 @@ def latency(
                 [
                     ("through HTTP", lambda: stream_rate(server.url, server.model, prompt=ids, num_tokens=tokens + 1)),
                     ("engine alone", _decode_rate(engine, request)),
+                    (_BUS, bus),
                 ],
                 num_turns=turns,
             )
-            _print_lines(console.print, "one stream [tokens/s]", series, (limit, limit))
-        bandwidths = (systems[0].bandwidth(1), systems[0].bandwidth(2)) if pipeline else None
-    if bandwidths is not None:
-        console.print(
-            f"\nOne core reads {format_bytes(bandwidths[0])}/s, two together {format_bytes(bandwidths[1])}/s. "
-            "One worker reads the weights once for a token of every stream; two do so twice, for half of them each."
-        )
-        series = _pipeline(arguments, context=context, tokens=tokens, streams=streams, turns=turns)
-        limits = (bandwidths[1] / 2 * streams / step_bytes, bandwidths[0] * streams / step_bytes)
-        _print_lines(console.print, f"{streams} streams together [tokens/s]", series, limits)
+            _print_lines(console.print, "one stream [tokens/s]", series)
+    if pipeline:
+        series = _pipeline(arguments, step_bytes, context=context, tokens=tokens, streams=streams, turns=turns)
+        _print_lines(console.print, f"{streams} streams together [tokens/s]", series)
 
 
-def _pipeline(arguments: list[str], *, context: int, tokens: int, streams: int, turns: int) -> list[Series]:
-    """Two workers, each pinned to a core of its own, in turns with one such worker."""
+def _pipeline(
+    arguments: list[str], step_bytes: int, *, context: int, tokens: int, streams: int, turns: int
+) -> list[Series]:
+    """Two workers, each pinned to a core of its own, in turns with one such worker.
+
+    For a token of every stream one worker reads the weights once. Two do so twice, for half of the streams each.
+    """
     from tllm.lab.latency import aggregate_rate, in_turns
     from tllm.lab.server import serving
+    from tllm.lab.system import ChildSystem
+    from tllm.models.repository import resolve_model
 
     ids = [7 * at % 256 for at in range(context)]
     with ExitStack() as stack:
-        lines = []
+        lines: list[tuple[str, Callable[[], float]]] = []
         for workers in ("2", "1"):
             server = stack.enter_context(serving([*arguments, "--workers", workers, "--threads", workers, "--pin"]))
 
@@ -116,6 +123,9 @@ def _pipeline(arguments: list[str], *, context: int, tokens: int, streams: int, 
                 return aggregate_rate(server.url, server.model, prompt=ids, num_tokens=tokens, num_streams=streams)
 
             lines.append((f"{workers} one-core worker{'s' * (workers != '1')}", measure))
+        reader = stack.enter_context(ChildSystem("tllm", resolve_model(EMBEDDED_MODEL), DType.BFLOAT16, 2))
+        lines.append(("bus for two cores", lambda: reader.bandwidth(2) / step_bytes * streams / 2))
+        lines.append(("bus for one core", lambda: reader.bandwidth(1) / step_bytes * streams))
         return in_turns(lines, num_turns=turns)
 
 
@@ -127,15 +137,14 @@ def _prefill_rate(system: ChildSystem, request: Prefill) -> Callable[[], float]:
     return lambda: request.num_tokens / system.prefill(request)
 
 
-def _print_lines(
-    say: Callable[[str], None], title: str, series: Sequence[Series], limits: Sequence[float] = ()
-) -> None:
-    """One line a system: median, range, share of what memory allows, and the first one's ratio to each other."""
+def _print_lines(say: Callable[[str], None], title: str, series: Sequence[Series]) -> None:
+    """One line a system: median, range, share of what the memory bus allows in the same turns, ratio of the first."""
     say(f"\n{title}")
-    for index, line in enumerate(series):
-        share = f"   {line.median / limits[index]:4.0%} of {limits[index]:.1f}" if limits else ""
-        ratio = f"   {series[0].name} / {line.name} = {series[0].ratio_to(line):.2f}" if index else ""
+    bus = next((line for line in series if line.name == _BUS), None)
+    for line in series:
+        share = f"   {line.ratio_to(bus):4.0%} of it" if bus is not None and line is not bus else ""
+        ratio = f"   {series[0].name} / {line.name} = {series[0].ratio_to(line):.2f}" if line is not series[0] else ""
         say(
             f"  {line.name:<18} {line.median:9.2f}   ({min(line.rates):.2f} .. {max(line.rates):.2f}, "
-            f"{len(line.rates)} turns){share}{ratio}"
+            f"{len(line.rates)} turns){share}{ratio if line is not bus else ''}"
         )
