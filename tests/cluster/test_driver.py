@@ -229,3 +229,30 @@ async def test_usage_counts_ids_and_its_times_add_up():
     assert usage.queue_s >= 0
     assert usage.prefill_s > 0
     assert usage.decode_s > 0
+
+
+async def test_a_request_whose_machines_are_lost_again_and_again_ends_with_an_error_and_others_go_on():
+    scheduler = Scheduler(SchedulerConfig(num_blocks=8, block_size=4, max_model_len=32), epoch=Epoch(1))
+    driver = Driver(scheduler)
+    suspect = driver.submit(SequenceRequest(prompt=(TokenId(1),), params=SamplingParams()))
+    driver.pipeline_lost()
+    driver.pipeline_lost()
+    newcomer = driver.submit(SequenceRequest(prompt=(TokenId(2),), params=SamplingParams()))
+    driver.pipeline_lost()
+    with pytest.raises(GenerationError, match="3 times"):
+        await tokens_of(suspect)
+    assert not newcomer.ended.is_set()
+    assert scheduler.statistics().num_waiting == 1
+
+
+async def test_a_bug_in_the_driver_is_not_taken_for_a_lost_pipeline():
+    class Confused(Scheduler):
+        def schedule(self):
+            raise KeyError("a bug")
+
+    link, _ = local_link(LIMITS)
+    _, home = local_link(LIMITS)
+    driver = Driver(Confused(SchedulerConfig(num_blocks=8, block_size=4, max_model_len=32), epoch=Epoch(1)))
+    with pytest.raises(ExceptionGroup) as caught:
+        await driver.run(link, home)
+    assert caught.group_contains(KeyError)

@@ -91,9 +91,9 @@ def test_no_other_cut_has_a_faster_slowest_stage(model, nodes):
             for cut, (_, memory) in zip(ranges, slots, strict=True)
         ):
             costs.append(max(model.read_bytes(*cut) / threads for cut, (threads, _) in zip(ranges, slots, strict=True)))
-    if plan is None:
-        assert not costs
-    else:
+    if plan is None or plan.dropped:
+        assert not costs or len(plan.dropped) == sum(node.num_workers for node in nodes) - len(slots)
+    if plan is not None and costs:
         assert max(stage.read_bytes / stage.num_threads for stage in plan.stages) == min(costs)
 
 
@@ -112,6 +112,13 @@ def test_more_slots_than_layers_leave_the_last_ones_out_and_say_so():
     plan = place(model([1, 1]), [node("a"), node("b"), node("c")], min_kv_positions=1)
     assert cuts(plan) == [(0, 1), (1, 2)]
     assert plan.dropped == ("c: 2 layers leave nothing for it",)
+
+
+def test_a_node_too_small_for_a_layer_is_left_out_and_said_so():
+    nodes = [node("large"), node("small", memory=50), node("other")]
+    plan = place(model([100] * 6), nodes, min_kv_positions=1)
+    assert [stage.node.name for stage in plan.stages] == ["large", "other"]
+    assert plan.dropped == ("small: 50 B are too little for a layer there",)
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_what_is_needed_and_what_there_is():

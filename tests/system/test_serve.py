@@ -199,6 +199,30 @@ def test_a_killed_worker_pauses_a_stream_that_then_goes_on_token_exact(which):
         assert len(server.workers()) == 2
 
 
+def test_a_machine_that_vanishes_pauses_a_stream_that_goes_on_with_those_that_are_left():
+    request = body("tell me", stream=True, ignore_eos=True, max_tokens=300)
+    with tllm("serve", "--port", "0", "--grpc-port", "0", "--nodes", "2", kind=Server) as server:
+        port = server.wait_for(JOIN_LINE)[1]
+        with tllm("join", f"127.0.0.1:{port}", "--name", "other") as joined:
+            undisturbed = _text(server, request)
+            pieces: list[str] = []
+            killed = False
+            with (
+                httpx.Client(timeout=60) as client,
+                client.stream("POST", f"{server.url}/v1/chat/completions", json=request) as response,
+            ):
+                for line in response.iter_lines():
+                    if line.startswith("data: {"):
+                        assert "error" not in json.loads(line[6:]), line
+                        pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
+                    if len("".join(pieces)) > 40 and not killed:
+                        killed = True
+                        for process in joined.family():
+                            process.kill()
+            assert killed
+            assert "".join(pieces) == undisturbed
+
+
 def _text(server: Server, request: dict[str, object]) -> str:
     answer = httpx.post(f"{server.url}/v1/chat/completions", json={**request, "stream": False}, timeout=60).json()
     return answer["choices"][0]["message"]["content"]

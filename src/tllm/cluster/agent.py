@@ -15,8 +15,7 @@ import os
 import platform
 import socket
 import sys
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from tllm.transport import wire_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-_STDERR_LINES = 20  # kept of every worker, to say why it died
+_STDERR_BYTES = 4096  # kept of every worker, to say why it died
 _SPIN_COUNT = 10_000
 _MEMORY_SHARE = 0.9  # of what is free when the agent starts
 
@@ -41,7 +40,7 @@ class WorkerProcess:
     def __init__(self, worker_id: str, process: asyncio.subprocess.Process) -> None:
         self.id = worker_id
         self._process = process
-        self._stderr: deque[str] = deque(maxlen=_STDERR_LINES)
+        self._stderr = b""  # its last words
 
     @classmethod
     async def spawn(cls, worker_id: str, num_threads: int) -> WorkerProcess:
@@ -81,15 +80,14 @@ class WorkerProcess:
             self._process.kill()
         code = await self._process.wait()
         await errors
-        exited = pb.Exited(code=code, reason=reason or "\n".join(self._stderr))
+        exited = pb.Exited(code=code, reason=reason or self._stderr.decode(errors="replace").strip())
         await emit(pb.WorkerEvent(worker_id=self.id, exited=exited))
 
     async def _read_stderr(self) -> None:
         assert self._process.stderr is not None
-        async for line in self._process.stderr:
-            text = line.decode(errors="replace").rstrip()
-            self._stderr.append(text)
-            log.debug("%s", text)
+        while data := await self._process.stderr.read(_STDERR_BYTES):
+            log.debug("%s", data.decode(errors="replace").rstrip())
+            self._stderr = (self._stderr + data)[-_STDERR_BYTES:]
 
     async def stop(self, deadline_s: float) -> None:
         """Ask it to end, and end it if it has not by then. Returns when it is reaped."""
@@ -170,6 +168,7 @@ class Agent:
             for task in watching:
                 task.cancel()
             await asyncio.gather(*watching, return_exceptions=True)
+            await stream.aclose()  # however this ends, the head hears of it
 
     async def _take_order(
         self,
@@ -177,15 +176,27 @@ class Agent:
         emit: Callable[[pb.WorkerEvent], Awaitable[None]],
         watching: set[asyncio.Task[None]],
     ) -> None:
+        def in_background(work: Coroutine[None, None, None]) -> None:
+            task = asyncio.create_task(work, name=f"worker {order.worker_id}")
+            watching.add(task)
+            task.add_done_callback(watching.discard)
+
         if order.WhichOneof("order") == "load":
             if self._config.pin:
                 order.load.cpus.extend(self._take_processors(order.load.num_threads))
-            worker = await WorkerProcess.spawn(order.worker_id, order.load.num_threads)
+            try:
+                worker = await WorkerProcess.spawn(order.worker_id, order.load.num_threads)
+            except OSError as error:
+                exited = pb.Exited(code=-1, reason=f"its process could not be started: {error}")
+                await emit(pb.WorkerEvent(worker_id=order.worker_id, exited=exited))
+                return
             self._workers[worker.id] = worker
-            task = asyncio.create_task(self._watch(worker, emit), name=f"watch {worker.id}")
-            watching.add(task)
-            task.add_done_callback(watching.discard)
-        if (known := self._workers.get(order.worker_id)) is not None:
+            in_background(self._watch(worker, emit))
+        if (known := self._workers.get(order.worker_id)) is None:
+            return
+        if order.WhichOneof("order") == "stop":
+            in_background(known.stop(self._deadlines.stop_s))  # orders to other workers do not wait for it
+        else:
             await known.order(order)
 
     def _take_processors(self, num_threads: int) -> list[int]:

@@ -14,7 +14,7 @@ from enum import StrEnum
 from tllm.cluster.driver import Driver, Generation, GenerationOutput, GenerationUsage
 from tllm.cluster.rollout import KVShape, Pipeline
 from tllm.core.config import ModelConfig
-from tllm.core.errors import TllmError, UnavailableError
+from tllm.core.errors import TllmError, TransportError, UnavailableError
 from tllm.core.types import Epoch, SamplingParams, TokenId
 from tllm.models.checkpoint import Checkpoint, end_ids, generation_defaults
 from tllm.planner.plan import Plan
@@ -107,30 +107,33 @@ class Deployment:
         self._driver: Driver | None = None
 
     async def serve(self, pipeline: Pipeline) -> str:
-        """Answer requests over `pipeline` until it breaks; why it did.
+        """Answer requests over `pipeline` until it breaks; why it did. A bug of the head itself is raised.
 
         Generations that were open when an earlier pipeline broke are computed again from their tokens and go on. Those
-        that are open when this one breaks are left waiting, for the next `serve` or `give_up`; but when it broke before
-        it had computed a single step, they are the likely cause and end with an error.
+        that are open when this one breaks wait for the next `serve` or `give_up`; but one that has seen several break
+        without getting a token in between is the likely cause, and ends with an error.
         """
         self._kv, self._epoch, self.plan = pipeline.kv, pipeline.epoch, pipeline.plan
         driver = self._driver_for(pipeline)
-        num_results = driver.statistics().num_results
-        self.state = DeploymentState.SERVING
+        if self.state is not DeploymentState.DRAINING:
+            self.state = DeploymentState.SERVING
         driving = asyncio.create_task(driver.run(pipeline.link, pipeline.inbox), name="driver")
         losing = asyncio.create_task(pipeline.lost(), name="pipeline lost")
         try:
             await asyncio.wait({driving, losing}, return_when=asyncio.FIRST_COMPLETED)
-            # A worker's own words say more than the broken stream that follows from its end.
-            return losing.result() if losing.done() else str(driving.exception())
+            if losing.done():
+                return losing.result()  # a worker's own words say more than the broken stream that follows from its end
+            try:
+                return driving.result()
+            except TransportError as error:
+                return str(error)
         finally:
             if self.state is DeploymentState.SERVING:
                 self.state = DeploymentState.DEGRADED
             for task in (driving, losing):
                 task.cancel()
             await asyncio.wait({driving, losing})
-            if driver.statistics().num_results == num_results:
-                self.give_up()
+            driver.pipeline_lost()
 
     def give_up(self) -> None:
         """End every open generation with UnavailableError: there is nothing that could compute them."""
@@ -174,15 +177,18 @@ class Deployment:
         )
 
     async def drain(self, deadline_s: float) -> None:
-        """Take nothing new and wait for what runs; what is left at the deadline is ended with UnavailableError."""
-        if self.state is not DeploymentState.SERVING or self._driver is None:
-            return
+        """Take nothing new and wait for what runs; what is left at the deadline, or when this is cancelled, ends with
+        UnavailableError."""
         self.state = DeploymentState.DRAINING
+        if self._driver is None:
+            return
         try:
             async with asyncio.timeout(deadline_s):
                 await self._driver.idle()
         except TimeoutError:
-            self._driver.fail_all(self._refusal())
+            pass
+        finally:
+            self.give_up()
 
     def statistics(self) -> DeploymentStatistics:
         if self._scheduler is None or self._driver is None or self._kv is None:

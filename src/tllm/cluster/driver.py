@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from tllm.core.errors import FrameError, GenerationError, TllmError, TransportError
 from tllm.core.types import FinishReason, Sampled, Score, SequenceId, StepFailed, StepResult, TokenId
@@ -25,6 +26,8 @@ from tllm.transport.base import Link, StepFrame
 from tllm.transport.rpc import Inbox
 
 log = logging.getLogger(__name__)
+
+_MAX_LOSSES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,7 @@ class Generation:
         self._num_cached_tokens = 0
         self._num_output_tokens = 0
         self._num_preemptions = 0
+        self.num_losses = 0  # pipelines lost since the last token; the driver's to count
 
     def __aiter__(self) -> Generation:
         return self
@@ -116,6 +120,7 @@ class Generation:
         if self.ended.is_set():
             return
         if update.sampled:
+            self.num_losses = 0
             self._first_token_s = self._first_token_s or now_s
             self._last_token_s = now_s
             self._num_output_tokens += len(update.sampled)
@@ -158,16 +163,19 @@ class Driver:
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
         self._num_steps = 0
-        self._num_results = 0
 
-    async def run(self, link: Link, inbox: Inbox) -> None:
+    async def run(self, link: Link, inbox: Inbox) -> NoReturn:
         """Until cancelled, or TransportError: a neighbour is gone. Open generations are left as they are."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._send(link), name="driver send")
                 tasks.create_task(self._receive(link, inbox), name="driver receive")
-        except* TransportError as group:
+        except ExceptionGroup as group:
+            _, bugs = group.split(TransportError)
+            if bugs is not None:
+                raise
             raise TransportError("; ".join(str(error) for error in group.exceptions)) from group
+        raise AssertionError("both tasks run for ever")
 
     def submit(self, request: SequenceRequest) -> Generation:
         """Raises what `Scheduler.add` raises; nothing is changed then."""
@@ -190,6 +198,15 @@ class Driver:
             generation.fail(error)
             self.abort(seq)
 
+    def pipeline_lost(self) -> None:
+        """The pipeline broke: whoever has seen that happen too often without getting a token ends with an error."""
+        for seq, generation in list(self._generations.items()):
+            generation.num_losses += 1
+            if generation.num_losses >= _MAX_LOSSES:
+                reason = f"The machines that computed this request were lost {_MAX_LOSSES} times in a row."
+                generation.fail(GenerationError(reason))
+                self.abort(seq)
+
     async def idle(self) -> None:
         """Wait until no generation is open."""
         while self._generations:
@@ -198,7 +215,6 @@ class Driver:
     def statistics(self) -> DriverStatistics:
         return DriverStatistics(
             num_steps=self._num_steps,
-            num_results=self._num_results,
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
         )
@@ -226,7 +242,6 @@ class Driver:
     async def _receive(self, link: Link, inbox: Inbox) -> None:
         async for message in inbox:
             if isinstance(message, StepResult):
-                self._num_results += 1
                 updates = self._scheduler.complete(message)
             elif isinstance(message, StepFailed):
                 log.warning("step %d failed on layers %d..%d: %s", message.step, *message.layers, message.reason)
@@ -257,7 +272,6 @@ class Driver:
 class DriverStatistics:
     """Counters since the driver was made."""
 
-    num_steps: int  # sent
-    num_results: int  # come home
+    num_steps: int
     num_prompt_tokens: int
     num_output_tokens: int

@@ -8,8 +8,10 @@ This file does not know HTTP or terminals; whoever watches gets events. It never
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
+import os
 import secrets
 import tempfile
 from collections.abc import AsyncIterator
@@ -47,6 +49,7 @@ class Head:
         _require_positions(config.model.max_model_len, self.checkpoint.spec.max_positions)
         self.deployment = Deployment(self.checkpoint, config.model, names=served_names(config.model))
         self.grpc_address = ""
+        self._epochs = itertools.count(1)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[asyncio.Task[None]]:
@@ -87,14 +90,14 @@ class Head:
         """Plan, roll out, serve; when the pipeline breaks, again with whoever is left, in a new epoch.
 
         What keeps the first pipeline from being built is raised. Later on it ends the open requests with an error, and
-        the next try is made when a node joins or leaves.
+        the next try is made when a node joins or leaves, or after a while.
         """
         num_nodes = self._config.num_nodes or 1
         if len(membership.members) < num_nodes:
             self._observe(Waiting(num_nodes=num_nodes))
         await membership.wait_for(num_nodes)
-        pipeline = await self._pipeline(Epoch(1), membership, home)
-        for epoch in itertools.count(2):
+        pipeline = await self._pipeline(membership, home)
+        while True:
             kv = pipeline.kv
             self._observe(Serving(num_blocks=kv.num_blocks, block_size=kv.block_size, max_model_len=kv.max_model_len))
             try:
@@ -102,20 +105,22 @@ class Head:
             finally:
                 await pipeline.aclose()
             self._observe(Lost(reason=reason))
-            pipeline = await self._rebuilt(Epoch(epoch), membership, home)
+            pipeline = await self._rebuilt(membership, home)
 
-    async def _rebuilt(self, epoch: Epoch, membership: Membership, home: Home) -> Pipeline:
+    async def _rebuilt(self, membership: Membership, home: Home) -> Pipeline:
         while True:
             changed = membership.next_change()
             try:
-                return await self._pipeline(epoch, membership, home)
+                return await self._pipeline(membership, home)
             except (PlanError, UnavailableError, TransportError) as error:
-                log.warning("cannot serve with the nodes there are: %s", error)
-                self._observe(Lost(reason=str(error)))
-                self.deployment.give_up()
-            await changed
+                # A plan for a node that turned out to be gone says nothing of those that are left.
+                if not changed.done():
+                    log.warning("cannot serve with the nodes there are: %s", error)
+                    self._observe(Lost(reason=str(error)))
+                    self.deployment.give_up()
+            await asyncio.wait({changed}, timeout=self._config.deadlines.retry_s)
 
-    async def _pipeline(self, epoch: Epoch, membership: Membership, home: Home) -> Pipeline:
+    async def _pipeline(self, membership: Membership, home: Home) -> Pipeline:
         members = {member.profile.id: member for member in membership.members}
         model = model_profile(self.checkpoint, self.dtype, self.deployment.names[0])
         plan = place(
@@ -126,7 +131,7 @@ class Head:
         self._observe(Planned(model=model, plan=plan))
         return await roll_out(
             plan=plan,
-            epoch=epoch,
+            epoch=Epoch(next(self._epochs)),  # a new one for every attempt: what is left of one cannot enter the next
             checkpoint=self.checkpoint,
             dtype=self.dtype,
             config=self._config.model,
@@ -178,10 +183,15 @@ def model_profile(checkpoint: Checkpoint, dtype: DType, name: str) -> ModelProfi
 def join_token() -> str:
     """The secret that nodes show to join heads of this machine; made once, readable by this user alone."""
     path = state_directory() / "token"
-    if path.exists():
-        return path.read_text().strip()
-    token = secrets.token_urlsafe(24)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.touch(mode=0o600)
-    path.write_text(token)
+    if not path.exists():
+        # Complete before it has its name: nobody can read half a token, and of two who write at once the first wins.
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix="token-") as file:  # mode 0600
+            file.write(secrets.token_urlsafe(24))
+            file.flush()
+            with contextlib.suppress(FileExistsError):
+                os.link(file.name, path)
+    token = path.read_text().strip()
+    if not token:
+        raise ConfigError(f"The join token in {path} is empty. Remove the file; a new one is made at the next start.")
     return token

@@ -37,6 +37,7 @@ class WorkerHandle:
         self.loaded: asyncio.Future[pb.Loaded] = loop.create_future()
         self.ready: asyncio.Future[pb.Ready] = loop.create_future()
         self.lost: asyncio.Future[str] = loop.create_future()
+        self.exited: asyncio.Future[None] = loop.create_future()  # its process is gone
         self._on_loading = on_loading
 
     async def order(self, order: pb.WorkerOrder) -> None:
@@ -55,6 +56,7 @@ class WorkerHandle:
             case "failed":
                 self.lose(event.failed.reason)
             case "exited":
+                _answer(self.exited, None)
                 self.lose(f"its process ended with code {event.exited.code}. {event.exited.reason}".strip())
 
     def lose(self, reason: str) -> None:
@@ -87,13 +89,15 @@ class Member:
         self.workers[worker_id] = handle
         return handle
 
-    async def stop_worker(self, handle: WorkerHandle) -> None:
-        """Tell it to end and forget it; a node that is gone has ended it already."""
-        self.workers.pop(handle.id, None)
+    async def stop_worker(self, handle: WorkerHandle, deadline_s: float) -> None:
+        """Tell it to end, wait until its memory is free, and forget it; a node that is gone has ended it already."""
         try:
             await handle.order(pb.WorkerOrder(stop=pb.Stop()))
+            await asyncio.wait({handle.exited}, timeout=deadline_s)
         except TransportError:
             log.info("%s is gone and took worker %s with it", self.profile.name, handle.id)
+        finally:
+            self.workers.pop(handle.id, None)
 
 
 class Membership:
@@ -119,9 +123,9 @@ class Membership:
             return
         member = Member(_profile(f"node{next(self._numbers)}", attach.profile), peer)
         await peer.send(pb.HeadMessage(welcome=pb.Welcome(node_id=member.profile.id, cluster=self._cluster)))
-        self._add(member)
         reason = "its agent closed the connection"
         try:
+            self._add(member)
             async for message in peer:
                 if message.WhichOneof("message") != "worker":
                     continue
@@ -153,6 +157,7 @@ class Membership:
         log.info("%s left: %s", member.profile.name, reason)
         for worker in list(member.workers.values()):
             worker.lose(f"its node is gone: {reason}")
+            _answer(worker.exited, None)
         self._tell()
 
     def _tell(self) -> None:
@@ -166,7 +171,7 @@ class Membership:
     async def wait_for(self, num_nodes: int) -> tuple[Member, ...]:
         """Until that many nodes are attached. There is no deadline: a person starts the other machines."""
         while len(self._members) < num_nodes:
-            await self._change
+            await asyncio.shield(self._change)  # others wait for the same one
         return self.members
 
     async def aclose(self, reason: str) -> None:

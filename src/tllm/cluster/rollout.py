@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -71,6 +72,7 @@ class Pipeline:
     workers: tuple[WorkerHandle, ...]
     link: Link
     inbox: rpc.Inbox
+    stop_s: float  # that a worker may take to end, before it is ended
 
     async def lost(self) -> str:
         """Wait for the first worker to be lost; why."""
@@ -78,9 +80,10 @@ class Pipeline:
         return next(iter(done)).result()
 
     async def aclose(self) -> None:
+        """Close the links and end the workers; when this returns, their memory is free for the next plan's."""
         await self.link.aclose()
         await self.inbox.aclose()
-        await asyncio.gather(*(worker.member.stop_worker(worker) for worker in self.workers))
+        await _stop(self.workers, self.stop_s)
 
 
 async def roll_out(
@@ -136,7 +139,7 @@ async def roll_out(
             addresses = _reachable(loaded[0].addresses, same_machine=first == home.machine)
             link = await rpc.connect(addresses, limits, timeout_s=deadlines.start_s)
     except BaseException as error:
-        await asyncio.gather(*(worker.member.stop_worker(worker) for worker in workers))
+        await _stop(workers, deadlines.stop_s)
         match error:
             case WorkerLostError():
                 raise UnavailableError(str(error), state="degraded") from error
@@ -144,7 +147,21 @@ async def roll_out(
                 waiting = ", ".join(worker.id for worker in workers if not worker.ready.done())
                 raise UnavailableError(f"Gave up waiting for {waiting}.", state="degraded") from error
         raise
-    return Pipeline(plan=plan, epoch=epoch, kv=kv, limits=limits, workers=tuple(workers), link=link, inbox=inbox)
+    return Pipeline(
+        plan=plan,
+        epoch=epoch,
+        kv=kv,
+        limits=limits,
+        workers=tuple(workers),
+        link=link,
+        inbox=inbox,
+        stop_s=deadlines.stop_s,
+    )
+
+
+async def _stop(workers: Sequence[WorkerHandle], stop_s: float) -> None:
+    """The agent kills what does not end within `stop_s`; a little longer, and nobody is waited for any more."""
+    await asyncio.gather(*(worker.member.stop_worker(worker, 2 * stop_s) for worker in workers))
 
 
 def _new_worker(stage: StagePlan, member: Member, observe: Observer) -> WorkerHandle:
@@ -185,7 +202,12 @@ async def _load(
         observe(ShardLoaded(stage=stage, load_s=answer.load_s))
         return answer
 
-    return await asyncio.gather(*(load(stage, worker) for stage, worker in zip(plan.stages, workers, strict=True)))
+    loads = [asyncio.create_task(load(stage, worker)) for stage, worker in zip(plan.stages, workers, strict=True)]
+    try:
+        return await asyncio.gather(*loads)
+    finally:
+        for task in loads:  # when one failed, nobody waits for the others
+            task.cancel()
 
 
 def _reachable(addresses: Sequence[str], *, same_machine: bool) -> list[str]:
@@ -197,20 +219,23 @@ def kv_shape(plan: Plan, free_bytes: Sequence[int], max_positions: int, config: 
     """How many blocks every stage can hold: the least over the stages, since all share one table.
 
     A stage's blocks take `num_blocks x block_size x kv_bytes_per_position` bytes. Without --kv-memory a stage takes at
-    most half of what is free on its device (shared with the other stages there), and no more than several contexts
-    need. Raises PlanError when one context of --max-model-len does not fit; when nobody asked for a length, the
-    context is what fits.
+    most half of what is free on its device (shared with the other stages there), no more than its node offers beside
+    the weights, and no more than several contexts need. Raises PlanError when one context of --max-model-len does not
+    fit; when nobody asked for a length, the context is what fits.
     """
-    sharing = {node: [stage.node.id for stage in plan.stages].count(node) for node in members_of(plan)}
+    sharing = Counter(_device(stage) for stage in plan.stages)
     wanted = max(_KV_SEQUENCES * (config.max_model_len or max_positions), _KV_MIN_POSITIONS)
     blocks = -(-wanted // config.block_size) if config.kv_bytes is None else None
     for stage, free in zip(plan.stages, free_bytes, strict=True):
-        budget = config.kv_bytes or int(free * _KV_SHARE / sharing[stage.node.id])
-        if budget > free:
+        share = free // sharing[_device(stage)]
+        offered = stage.node.memory_bytes // stage.node.num_workers - stage.held_bytes
+        budget = config.kv_bytes or min(int(share * _KV_SHARE), offered)
+        if budget > min(share, offered):
             raise PlanError(
-                f"--kv-memory asks for {format_bytes(budget)} on {stage.node.name}, where {format_bytes(free)} is free."
+                f"--kv-memory asks for {format_bytes(budget)} on {stage.node.name}, where a stage can have "
+                f"{format_bytes(max(0, min(share, offered)))} beside its weights."
             )
-        fits = budget // (config.block_size * stage.kv_bytes_per_position)
+        fits = max(0, budget) // (config.block_size * stage.kv_bytes_per_position)
         blocks = fits if blocks is None else min(blocks, fits)
     assert blocks is not None
     positions = blocks * config.block_size
@@ -223,5 +248,6 @@ def kv_shape(plan: Plan, free_bytes: Sequence[int], max_positions: int, config: 
     return KVShape(num_blocks=blocks, block_size=config.block_size, max_model_len=length)
 
 
-def members_of(plan: Plan) -> set[str]:
-    return {stage.node.id for stage in plan.stages}
+def _device(stage: StagePlan) -> tuple[str, str]:
+    """What a stage shares its memory with: whatever else is on that device of that machine."""
+    return stage.node.machine, stage.node.device

@@ -54,7 +54,10 @@ async def run_stage(engine: Engine, shard: Shard, inbox: Inbox, link: Link, comp
         async with asyncio.TaskGroup() as tasks:
             for work in (receive, compute, send):
                 tasks.create_task(work(), name=work.__name__)
-    except* TransportError as group:
+    except ExceptionGroup as group:
+        _, bugs = group.split(TransportError)
+        if bugs is not None:
+            raise
         raise TransportError("; ".join(str(error) for error in group.exceptions)) from group
 
 

@@ -12,7 +12,6 @@ This file does not know requests, plans or other workers.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import sys
@@ -67,23 +66,25 @@ class Worker:
         self._loading_reported_s = 0.0
 
     async def run(self, orders: asyncio.Queue[pb.WorkerOrder | None]) -> None:
-        """Return when told to stop or when orders end. A failed order is reported and leaves the worker."""
-        try:
-            while (order := await orders.get()) is not None and order.WhichOneof("order") != "stop":
-                try:
-                    await self._carry_out(order)
-                except TllmError as error:
-                    log.error("%s", error)
-                    await self._emit(pb.WorkerEvent(failed=pb.Failed(reason=str(error))))
-        finally:
-            await self._aclose()
+        """Return when told to stop or when orders end. A failed order is reported and leaves the worker; a bug in what
+        an order started ends it."""
+        async with asyncio.TaskGroup() as tasks:
+            try:
+                while (order := await orders.get()) is not None and order.WhichOneof("order") != "stop":
+                    try:
+                        await self._carry_out(order, tasks)
+                    except TllmError as error:
+                        log.error("%s", error)
+                        await self._emit(pb.WorkerEvent(failed=pb.Failed(reason=str(error))))
+            finally:
+                await self._aclose()
 
-    async def _carry_out(self, order: pb.WorkerOrder) -> None:
+    async def _carry_out(self, order: pb.WorkerOrder, tasks: asyncio.TaskGroup) -> None:
         match order.WhichOneof("order"):
             case "load":
                 await self._load(order.load)
             case "start":
-                await self._start(order.start)
+                await self._start(order.start, tasks)
 
     # ------------------------------------------------------------------------------------------------ load
 
@@ -141,7 +142,7 @@ class Worker:
 
     # ----------------------------------------------------------------------------------------------- start
 
-    async def _start(self, start: pb.Start) -> None:
+    async def _start(self, start: pb.Start, tasks: asyncio.TaskGroup) -> None:
         engine, server = self._engine, self._server
         if engine is None or server is None:
             raise EngineError("This worker was told to start before it had loaded a shard.")
@@ -150,7 +151,7 @@ class Worker:
         await self._on_compute_thread(lambda: engine.allocate(start.num_blocks, start.block_size))
         inbox = server.expect(limits)
         link = await rpc.connect(tuple(start.next), limits, timeout_s=self._deadlines.start_s)
-        task = asyncio.create_task(self._serve_stage(engine, inbox, link, limits.epoch), name="stage")
+        task = tasks.create_task(self._serve_stage(engine, inbox, link, limits.epoch), name="stage")
         self._stage = _Stage(inbox=inbox, link=link, task=task)
         await self._emit(pb.WorkerEvent(ready=pb.Ready(epoch=limits.epoch)))
 
@@ -168,8 +169,7 @@ class Worker:
             return
         self._stage = None
         stage.task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await stage.task
+        await asyncio.wait({stage.task})
         await stage.link.aclose()
         await stage.inbox.aclose()
 

@@ -28,6 +28,7 @@ class Deadlines:
     load_s: float = 1800.0  # a shard from disk to memory
     start_s: float = 60.0  # KV memory and the connection to the next stage
     stop_s: float = 5.0  # a worker asked to stop, then killed
+    retry_s: float = 10.0  # between attempts to serve again with the nodes there are
     drain_s: float = 30.0  # requests still running when the service stops
 
 
@@ -71,7 +72,13 @@ class NodeConfig:
     pin: bool = False  # every worker to processors of its own
 
     def __post_init__(self) -> None:
-        for flag, value in (("--threads", self.num_threads), ("--workers", self.num_workers)):
+        if self.device.startswith("cuda") and self.memory_bytes is None:
+            raise ConfigError(f"--device {self.device} needs --memory: how much of that device's memory tllm may take.")
+        for flag, value in (
+            ("--threads", self.num_threads),
+            ("--workers", self.num_workers),
+            ("--memory", self.memory_bytes),
+        ):
             if value is not None and value < 1:
                 raise ConfigError(f"{flag} is {value}; it must be at least 1.")
 

@@ -32,14 +32,19 @@ class _Slot:
 def place(model: ModelProfile, nodes: Sequence[NodeProfile], *, min_kv_positions: int) -> Plan:
     """The best plan that uses the nodes in the given order, each for `num_workers` stages.
 
-    Every stage must hold its weights and the KV of `min_kv_positions` positions. Where there are more slots than
-    layers, the last slots are left out and named in `Plan.dropped`. Raises PlanError when memory does not suffice.
+    Every stage must hold its weights and the KV of `min_kv_positions` positions. Slots beyond the number of layers are
+    left out, and so are those with the least memory while no cut over all of them fits; `Plan.dropped` names them.
+    Raises PlanError when memory does not suffice.
     """
     if not nodes:
         raise PlanError("There is no node to place the model on. Start one with `tllm join`, or leave out --no-local.")
     slots = [slot for node in nodes for slot in _slots(node)]
     used, unused = slots[: model.num_layers], slots[model.num_layers :]
-    cut = best_cut(model, used, min_kv_positions)
+    dropped = [f"{slot.node.name}: {model.num_layers} layers leave nothing for it" for slot in unused]
+    while (cut := best_cut(model, used, min_kv_positions)) is None and len(used) > 1:
+        smallest = min(used, key=lambda slot: slot.memory_bytes)
+        used.remove(smallest)
+        dropped.append(f"{smallest.node.name}: {format_bytes(smallest.memory_bytes)} are too little for a layer there")
     if cut is None:
         need = model.held_bytes(0, model.num_layers) + min_kv_positions * model.kv_bytes_per_position * model.num_layers
         raise PlanError(
@@ -58,8 +63,7 @@ def place(model: ModelProfile, nodes: Sequence[NodeProfile], *, min_kv_positions
         )
         for slot, (first, last) in zip(used, cut, strict=True)
     )
-    dropped = tuple(f"{slot.node.name}: {model.num_layers} layers leave nothing for it" for slot in unused)
-    return Plan(stages=stages, dropped=dropped)
+    return Plan(stages=stages, dropped=tuple(dropped))
 
 
 def _slots(node: NodeProfile) -> list[_Slot]:
