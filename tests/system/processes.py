@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -80,10 +80,10 @@ class Tllm:
 
 
 @contextmanager
-def tllm(*arguments: str, kind: type[T] = Tllm, **environment: str) -> Iterator[T]:
+def tllm(*arguments: str, kind: type[T] = Tllm, before: Sequence[str] = (), **environment: str) -> Iterator[T]:
     """`tllm ARGUMENTS`; every process of its family is gone when the context is left."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tllm", *arguments],
+        [*before, sys.executable, "-m", "tllm", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.PIPE,

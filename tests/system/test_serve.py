@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 import threading
 import time
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from tests.system.processes import Server, alive, poll, repository, serve, tllm
@@ -296,3 +298,20 @@ def test_the_demo_answers_and_ends_by_itself():
     assert "tokens/s" in text
     assert "worker 1" in text
     assert "worker 2" in text
+
+
+def test_a_node_on_another_machine_is_reached_over_tcp():
+    """Another host name makes another machine, as far as tllm can tell: no Unix sockets are shared with it."""
+    elsewhere = ["unshare", "--uts", "sh", "-c", 'hostname elsewhere && exec "$@"', "sh"]
+    if subprocess.run([*elsewhere, "true"], capture_output=True).returncode != 0:
+        pytest.skip("a host name of its own needs unshare and the right to use it")
+    with tllm("serve", "--port", "0", "--grpc-port", "0", "--nodes", "2", kind=Server) as server:
+        port = server.wait_for(JOIN_LINE)[1]
+        with tllm("join", f"127.0.0.1:{port}", before=elsewhere) as joined:
+            assert _text(server, body(GOLDEN[0]["question"])) == GOLDEN[0]["answer"]
+            assert server.wait_for(r"│ elsewhere\s+│ [1-9]")
+            (worker,) = joined.workers()
+            listening = [c for c in worker.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+            established = [c for c in worker.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED]
+            assert len(listening) == 1
+            assert len(established) == 2  # steps in, results home

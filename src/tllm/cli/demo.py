@@ -18,10 +18,10 @@ def demo(
 ) -> None:
     """Cut the embedded model over two workers, ask it one question through the API, show who computed what."""
     options.set_up_logging(log_level)
-    import httpx
     from rich.console import Console
+    from rich.text import Text
 
-    from tllm.cli.client import Turn, ask
+    from tllm.cli.client import Turn, ask, connected
     from tllm.cli.serving import background_service
     from tllm.cli.view import StartView
     from tllm.core.units import format_seconds
@@ -30,20 +30,21 @@ def demo(
     config = ServeConfig(port=0, grpc_port=0, model=ModelConfig(), local_node=options.node_config(workers=workers))
     with StartView(console) as view, background_service(config, view) as service:
         model = service.deployment.names[0]
-        console.print(f"\nPOST {service.url}/v1/chat/completions\n[bold]{question}[/bold]")
+        console.print(Text.assemble(f"\nPOST {service.url}/v1/chat/completions\n", (question, "bold")))
         with (
-            httpx.Client(base_url=service.url, timeout=120) as client,
+            connected(service.url, silence_s=120) as client,
             ask(client, model=model, turns=[Turn(role="user", content=question)], options={"temperature": 0}) as answer,
         ):
             for piece in answer.text():
-                console.print(piece, end="", markup=False, soft_wrap=True)
+                console.print(Text(piece), end="", soft_wrap=True)
         plan = service.deployment.plan
         assert plan is not None, "a deployment that answered has a plan"
         where = "  →  ".join(
             f"layers {stage.shard.first_layer}..{stage.shard.last_layer - 1} on {stage.node.name} (worker {number})"
             for number, stage in enumerate(plan.stages, start=1)
         )
-        console.print(
-            f"\n\n{answer.num_tokens} tokens   TTFT {format_seconds(answer.ttft_s)}   "
-            f"{answer.tokens_per_s:.0f} tokens/s after the first\n{where}"
+        figures = (
+            f"{answer.num_tokens} tokens   TTFT {format_seconds(answer.ttft_s)}   "
+            f"{answer.tokens_per_s:.0f} tokens/s after the first"
         )
+        console.print(Text(f"\n\n{figures}\n{where}"))

@@ -28,6 +28,7 @@ def join(
     """Give this machine's memory and processors to the head at ADDRESS."""
     options.set_up_logging(log_level)
     host, port = split_address(address, default_port=DEFAULT_GRPC_PORT)
+    options.checked_port("The port of ADDRESS", port)
     config = options.node_config(name=name, threads=threads, memory=memory, device=device, workers=workers, pin=pin)
     asyncio.run(_join(join_address(host, port), token, config))
 

@@ -6,12 +6,14 @@ Every flag can be set by its environment variable as well; the flag wins.
 from __future__ import annotations
 
 import logging
+import sys
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from tllm.core.config import DEFAULT_BLOCK_SIZE, DEFAULT_MAX_BATCH_TOKENS, EMBEDDED_MODEL, ModelConfig, NodeConfig
+from tllm.core.errors import ConfigError
 from tllm.core.types import DType
 from tllm.core.units import parse_bytes
 
@@ -85,14 +87,40 @@ def node_config(
     workers: int = 1,
     pin: bool = False,
 ) -> NodeConfig:
+    if pin and sys.platform != "linux":
+        raise ConfigError("--pin works on Linux only; leave it out (and TLLM_PIN) on this machine.")
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    if memory_bytes is not None and memory_bytes < 1:
+        raise ConfigError(f"--memory is {memory}; give a size such as 6GiB, or leave it out for most of what is free.")
     return NodeConfig(
         name=name,
         num_threads=threads,
-        memory_bytes=parse_bytes(memory) if memory else None,
+        memory_bytes=memory_bytes,
         device=device,
         num_workers=workers,
         pin=pin,
     )
+
+
+def refuse_beside(flag: str, context: typer.Context, *names: str) -> None:
+    """Raises ConfigError naming those parameters on the command line that `flag` would leave without effect.
+
+    Those from the environment pass: it holds for every verb, and says what is wanted where it matters.
+    """
+    given = []
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            given.append(f"--{name.replace('_', '-')}")
+    if given:
+        raise ConfigError(f"{', '.join(given)} would have no effect beside {flag}. Leave out one or the other.")
+
+
+def checked_port(flag: str, port: int) -> int:
+    """The port itself. Raises ConfigError when no machine has it."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"{flag} is {port}; a port is at least 0 and at most 65535.")
+    return port
 
 
 def set_up_logging(level: LogLevel) -> None:

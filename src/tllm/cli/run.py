@@ -34,6 +34,7 @@ _SETTINGS: dict[str, type[int] | type[float]] = {
 
 
 def run(
+    context: typer.Context,
     model: options.Model = EMBEDDED_MODEL,
     prompt: Annotated[str | None, typer.Argument(help="Answer this and leave, instead of a conversation.")] = None,
     url: Annotated[str | None, typer.Option(help="Talk to this server instead of starting one.")] = None,
@@ -48,14 +49,17 @@ def run(
 ) -> None:
     """Chat with a model: streaming, and Ctrl-C stops an answer, not the session."""
     options.set_up_logging(log_level)
-    import httpx
+    from tllm.cli.client import connected, first_model
 
+    if url is not None:
+        options.refuse_beside("--url", context, "workers", "dtype", "device", "threads", "max_model_len")
     with ExitStack() as stack:
         if url is None:
             from rich.console import Console
 
             from tllm.cli.serving import background_service
             from tllm.cli.view import StartView
+            from tllm.models.repository import resolve_model
 
             config = ServeConfig(
                 port=0,
@@ -63,27 +67,21 @@ def run(
                 model=options.model_config(model=model, dtype=dtype, max_model_len=max_model_len),
                 local_node=options.node_config(workers=workers, device=device, threads=threads),
             )
+            resolve_model(model)  # a download happens here, where Ctrl-C still ends it
             view = stack.enter_context(StartView(Console(stderr=True)))
             service = stack.enter_context(background_service(config, view))
             url, name = service.url, service.deployment.names[0]
         else:
             name = ""
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        client = stack.enter_context(httpx.Client(base_url=url, headers=headers, timeout=None))
+        client = stack.enter_context(connected(url, api_key=api_key))
         if not name:
-            name = _first_model(client) if model == EMBEDDED_MODEL else model
+            name = first_model(client) if model == EMBEDDED_MODEL else model
         settings: dict[str, float | int] = {} if temperature is None else {"temperature": temperature}
         session = _Session(client, name, settings)
         if prompt is not None:
             session.answer(prompt)
         else:
             session.converse()
-
-
-def _first_model(client: httpx.Client) -> str:
-    response = client.get("/v1/models")
-    response.raise_for_status()
-    return str(response.json()["data"][0]["id"])
 
 
 class _Session:
@@ -137,7 +135,7 @@ class _Session:
         except KeyboardInterrupt:
             print("(stopped)")
         except TllmError as error:
-            print(f"({error})")
+            print(f"\n({error})")
 
     def _command(self, name: str = "?", rest: str = "") -> None:
         match name:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 def serve(
+    context: typer.Context,
     model: options.Model = EMBEDDED_MODEL,
     host: Annotated[str, typer.Option(help="Where HTTP and nodes are listened for.", envvar="TLLM_HOST")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="HTTP; 0 takes any free one.", envvar="TLLM_PORT")] = DEFAULT_HTTP_PORT,
@@ -57,10 +58,14 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI-compatible clients, from this machine and those that join."""
     options.set_up_logging(log_level)
+    from tllm.models.repository import resolve_model
+
+    if no_local:
+        options.refuse_beside("--no-local", context, "workers", "threads", "memory", "device", "pin", "name")
     config = ServeConfig(
         host=host,
-        port=port,
-        grpc_port=grpc_port,
+        port=options.checked_port("--port", port),
+        grpc_port=options.checked_port("--grpc-port", grpc_port),
         api_key=api_key,
         model=options.model_config(
             model=model,
@@ -77,11 +82,13 @@ def serve(
         else options.node_config(name=name, threads=threads, memory=memory, device=device, workers=workers, pin=pin),
         num_nodes=nodes,
     )
+    resolve_model(model)  # a download happens here, where Ctrl-C still ends it
     asyncio.run(_serve(config))
 
 
 async def _serve(config: ServeConfig) -> None:
     from rich.console import Console
+    from rich.text import Text
 
     from tllm.cli.serving import serving
     from tllm.cli.view import StartView
@@ -99,7 +106,7 @@ async def _serve(config: ServeConfig) -> None:
         def observe(event: HeadEvent) -> None:
             view(event)
             if isinstance(event, Listening):
-                console.print(_how_to_join(config, event), highlight=False, soft_wrap=True)
+                console.print(Text(_how_to_join(config, event)), soft_wrap=True)
             if isinstance(event, Serving):
                 ready.set()
 
@@ -128,19 +135,25 @@ def _how_to_join(config: ServeConfig, event: Listening) -> str:
     host, port = split_address(event.grpc_address, default_port=config.grpc_port)
     if is_loopback(host):
         return f"Nodes of this machine can join: tllm join {join_address(host, port)}"
-    if ipaddress.ip_address(host).is_unspecified:
+    if _is_unspecified(host):
         host = socket.gethostname()
     return f"On another machine: tllm join {join_address(host, port)} --token {event.token}"
 
 
+def _is_unspecified(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:  # a name
+        return False
+
+
 def _invite(console: Console, config: ServeConfig, service: Service) -> None:
+    """Never wrapped: people copy these lines, and programs read them."""
+    from rich.text import Text
+
     name = service.deployment.names[0]
     key = f' -H "Authorization: Bearer {config.api_key}"' if config.api_key else ""
-    console.print(f"\n[bold]API[/bold]   {service.url}/v1   model {name}\n", highlight=False)
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is tllm?"}}]}}'
-    console.print(
-        f"curl {service.url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'\n",
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
-    )
+    curl = f"curl {service.url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'"
+    console.print(Text.assemble("\n", ("API", "bold"), f"   {service.url}/v1   model {name}\n"), soft_wrap=True)
+    console.print(Text(f"{curl}\n"), soft_wrap=True)

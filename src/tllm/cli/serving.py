@@ -25,6 +25,8 @@ from tllm.cluster.head import Head
 from tllm.core.config import ServeConfig, join_address
 from tllm.core.errors import ConfigError
 
+_SIGNAL_S = 0.1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
@@ -95,7 +97,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def background_service(config: ServeConfig, observe: Observer) -> Iterator[Service]:
     """The same on a thread of its own, loaded and ready, for verbs that talk to it from the main thread.
 
-    Raises what kept it from serving. When the context is left, everything has ended.
+    Raises what kept it from serving. When the context is left, or Ctrl-C comes while it loads, everything has ended.
     """
     ready: Future[Service] = Future()
     stop = asyncio.Event()
@@ -107,13 +109,17 @@ def background_service(config: ServeConfig, observe: Observer) -> Iterator[Servi
 
     async def live() -> None:
         async with serving(config, watch) as service:
-            loading = asyncio.create_task(loaded.wait())
-            await asyncio.wait({loading, service.serving}, return_when=asyncio.FIRST_COMPLETED)
-            loading.cancel()
-            if service.serving.done():
-                service.serving.result()
-            ready.set_result(service)
-            await stop.wait()
+            waits = [asyncio.create_task(event.wait()) for event in (loaded, stop)]
+            try:
+                await asyncio.wait({*waits, service.serving}, return_when=asyncio.FIRST_COMPLETED)
+                if service.serving.done():
+                    service.serving.result()
+                if not stop.is_set():
+                    ready.set_result(service)
+                    await stop.wait()
+            finally:
+                for waiting in waits:
+                    waiting.cancel()
 
     loaded = asyncio.Event()
     loop = asyncio.new_event_loop()
@@ -121,7 +127,8 @@ def background_service(config: ServeConfig, observe: Observer) -> Iterator[Servi
         ended = thread.submit(loop.run_until_complete, live())
         try:
             either: set[Future[Any]] = {ready, ended}
-            wait(either, return_when=FIRST_COMPLETED)
+            while not wait(either, timeout=_SIGNAL_S, return_when=FIRST_COMPLETED).done:
+                pass  # the system may hand Ctrl-C to another thread; this one sees it only when it runs
             if not ready.done():
                 ended.result()
             yield ready.result()

@@ -1,5 +1,7 @@
 """What a person sees while a head starts: nodes, the plan, a bar for every shard, and how it ended.
 
+Names, addresses and errors come from elsewhere: they are printed as `Text`, in which rich reads no markup.
+
 This file does not know how any of it comes about.
 """
 
@@ -10,6 +12,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from tllm.cluster.events import (
     HeadEvent,
@@ -33,10 +36,10 @@ class StartView:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = Progress(
-            TextColumn("  {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
-            TextColumn("{task.fields[took]}"),
+            TextColumn("{task.fields[took]}", markup=False),
             console=console,
         )
         self._bars: dict[int, TaskID] = {}  # by a stage's first layer
@@ -50,23 +53,21 @@ class StartView:
         self._progress.stop()
 
     def __call__(self, event: HeadEvent) -> None:
-        console = self._console
         match event:
             case Listening():
                 return  # only a server that other machines are meant for shows where they can join
             case NodeJoined():
                 node = event.node
-                console.print(
+                self._say(
                     f"  + {node.name}: {node.num_threads} threads, {format_bytes(node.memory_bytes)}, "
-                    f"{node.device}, {node.platform}",
-                    highlight=False,
+                    f"{node.device}, {node.platform}"
                 )
             case Waiting():
-                console.print(f"Waiting for {event.num_nodes} node{'s' * (event.num_nodes > 1)}.", highlight=False)
+                self._say(f"Waiting for {event.num_nodes} node{'s' * (event.num_nodes > 1)}.")
             case Planned():
-                console.print(plan_table(event.model, event.plan))
+                self._console.print(plan_table(event.model, event.plan))
                 for line in event.plan.dropped:
-                    console.print(f"  not used: {line}", highlight=False)
+                    self._say(f"  not used: {line}")
             case ShardLoading():
                 self._advance(event.stage, event.done_bytes, event.total_bytes)
             case ShardLoaded():
@@ -75,13 +76,13 @@ class StartView:
             case Serving():
                 self._progress.stop()
                 positions = event.num_blocks * event.block_size
-                console.print(
-                    f"Serving: contexts of {event.max_model_len} tokens, KV for {positions} in all",
-                    highlight=False,
-                )
+                self._say(f"Serving: contexts of {event.max_model_len} tokens, KV for {positions} in all")
             case Lost():
                 self._progress.stop()
-                console.print(f"Lost: {event.reason}", highlight=False, style="red")
+                self._say(f"Lost: {event.reason}", style="red")
+
+    def _say(self, line: str, *, style: str = "") -> None:
+        self._console.print(Text(line, style=style))
 
     def _advance(self, stage: StagePlan, done_bytes: int, total_bytes: int, *, took: str = "") -> None:
         first = stage.shard.first_layer
@@ -99,14 +100,15 @@ def layers_text(stage: StagePlan) -> str:
 
 def plan_table(model: ModelProfile, plan: Plan) -> Table:
     """Which node holds which layers, what that takes, and what a decode step reads there."""
-    table = Table(title=f"{model.name}: {model.num_layers} layers, {len(plan.stages)} stage(s)", title_justify="left")
+    title = Text(f"{model.name}: {model.num_layers} layers, {len(plan.stages)} stage(s)", style="table.title")
+    table = Table(title=title, title_justify="left")
     for column in ("node", "layers", "holds", "threads", "weights", "read per step"):
         table.add_column(column, justify="left" if column in ("node", "layers", "holds") else "right")
     for stage in plan.stages:
         shard = stage.shard
         ends = ["embedding"] * shard.embed + ["layers"] + ["head"] * shard.head
         table.add_row(
-            stage.node.name,
+            Text(stage.node.name),
             f"{shard.first_layer}..{shard.last_layer - 1}",
             ", ".join(ends),
             str(stage.num_threads),

@@ -10,6 +10,7 @@ This file does not know how a server is started; it is given one's URL.
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import httpx
+
+from tllm.core.errors import TransportError, UnavailableError
+
+_SILENCE_S = 300.0  # between two frames of a stream, or before the first
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,6 +82,7 @@ def aggregate_rate(url: str, model: str, *, prompt: Sequence[int], num_tokens: i
 
 
 def _stream(url: str, model: str, prompt: Sequence[int], num_tokens: int) -> _Stream:
+    """Raises UnavailableError unless all the tokens came: a shorter answer would pass for a faster one."""
     body = {
         "model": model,
         "prompt": list(prompt),
@@ -87,14 +93,28 @@ def _stream(url: str, model: str, prompt: Sequence[int], num_tokens: int) -> _St
         "return_token_ids": True,  # a frame for every token, also for those that have no text
     }
     asked_s = time.perf_counter()
+    arrived: list[tuple[float, str]] = []  # read as JSON afterwards, outside of what is measured
+    try:
+        with (
+            httpx.Client(base_url=url, timeout=_SILENCE_S) as client,
+            client.stream("POST", "/v1/completions", json=body) as response,
+        ):
+            if response.status_code != httpx.codes.OK:
+                response.read()
+                raise UnavailableError(f"{url} answered {response.status_code}: {response.text}", state="failed")
+            arrived.extend((time.perf_counter(), line) for line in response.iter_lines() if line.startswith("data: {"))
+    except httpx.HTTPError as error:
+        raise TransportError(f"The stream from {url} broke: {error}") from error
     first_s = last_s = 0.0
-    with (
-        httpx.Client(base_url=url, timeout=None) as client,
-        client.stream("POST", "/v1/completions", json=body) as response,
-    ):
-        response.raise_for_status()
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                last_s = time.perf_counter()
-                first_s = first_s or last_s
+    num_received = 0
+    for at_s, line in arrived:
+        frame = json.loads(line.removeprefix("data: "))
+        if "error" in frame:
+            raise UnavailableError(f"{url} failed in mid-stream: {frame['error']}", state="failed")
+        if num_here := sum(len(choice.get("token_ids") or ()) for choice in frame["choices"]):
+            num_received += num_here
+            last_s = at_s
+            first_s = first_s or at_s
+    if num_received != num_tokens:
+        raise UnavailableError(f"{url} sent {num_received} tokens instead of {num_tokens}.", state="failed")
     return _Stream(asked_s=asked_s, first_s=first_s, last_s=last_s)

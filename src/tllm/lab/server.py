@@ -5,16 +5,20 @@ This file does not know what is measured.
 
 from __future__ import annotations
 
+import os
 import re
+import selectors
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tllm.core.errors import UnavailableError
 
+_READY_S = 300.0
 _STOP_S = 30.0
 
 
@@ -28,10 +32,10 @@ class Server:
 def serving(arguments: Sequence[str]) -> Iterator[Server]:
     """`tllm serve ARGUMENTS` on free ports, from ready until the context is left.
 
-    Raises UnavailableError, with what it printed, when it ends before it is ready.
+    Raises UnavailableError, with what it printed, when it ends before it is ready, or is not ready in time.
     """
     command = [sys.executable, "-m", "tllm", "serve", *arguments, "--port", "0", "--grpc-port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         try:
             yield _ready(process)
         finally:
@@ -42,11 +46,20 @@ def serving(arguments: Sequence[str]) -> Iterator[Server]:
                 process.kill()
 
 
-def _ready(process: subprocess.Popen[str]) -> Server:
+def _ready(process: subprocess.Popen[bytes]) -> Server:
     assert process.stdout is not None
-    printed = []
-    for line in process.stdout:
-        printed.append(line)
-        if match := re.search(r"API\s+(http://\S+)/v1\s+model (\S+)", line):
-            return Server(url=match[1], model=match[2])
-    raise UnavailableError(f"The server ended before it was ready:\n{''.join(printed)}", state="failed")
+    give_up_s = time.monotonic() + _READY_S
+    printed = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while selector.select(max(0.0, give_up_s - time.monotonic())):
+            piece = os.read(process.stdout.fileno(), 1 << 16)
+            printed += piece
+            text = printed.decode(errors="replace")
+            if match := re.search(r"API\s+(http://\S+)/v1\s+model (.+)\n", text):
+                return Server(url=match[1], model=match[2])
+            if not piece:
+                raise UnavailableError(f"The server ended before it was ready:\n{text}", state="failed")
+    raise UnavailableError(
+        f"The server was not ready after {_READY_S:.0f} s:\n{printed.decode(errors='replace')}", state="loading"
+    )
