@@ -18,8 +18,10 @@ GOLDEN = json.loads((repository() / "src/tllm/demo/golden.json").read_text())
 
 
 def blocks(readme: str, language: str = "") -> list[str]:
+    """Contents of the fenced blocks of that language; "" are those without a label."""
     text = (repository() / readme).read_text()
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [content for label, content in fenced if label == language]
 
 
 def commands(readme: str, program: str) -> list[list[str]]:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 
 import httpx
 import openai
@@ -176,53 +177,50 @@ def test_a_killed_head_takes_its_workers_with_it():
         poll(lambda: not alive(workers), deadline_s=10, what="workers gone with their agent")
 
 
+LONG = {"stream": True, "ignore_eos": True, "max_tokens": 300}
+
+
 @pytest.mark.parametrize("which", [0, 1], ids=["first", "last"])
 def test_a_killed_worker_pauses_a_stream_that_then_goes_on_token_exact(which):
-    request = body("tell me", stream=True, ignore_eos=True, max_tokens=300)
+    request = body("tell me", **LONG)
     with serve("--workers", "2") as server:
         undisturbed = _text(server, request)
-        killed = False
-        pieces = []
-        with (
-            httpx.Client(timeout=60) as client,
-            client.stream("POST", f"{server.url}/v1/chat/completions", json=request) as response,
-        ):
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    assert "error" not in json.loads(line[6:]), line
-                    pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
-                if len("".join(pieces)) > 40 and not killed:
-                    killed = True
-                    server.workers()[which].kill()
-        assert killed
-        assert "".join(pieces) == undisturbed
+        assert _text_struck(server, request, lambda: server.workers()[which].kill()) == undisturbed
         assert server.metric("epoch") == 2
         poll(lambda: quiet(server), deadline_s=5, what="all blocks free")
         assert len(server.workers()) == 2
 
 
 def test_a_machine_that_vanishes_pauses_a_stream_that_goes_on_with_those_that_are_left():
-    request = body("tell me", stream=True, ignore_eos=True, max_tokens=300)
+    request = body("tell me", **LONG)
     with tllm("serve", "--port", "0", "--grpc-port", "0", "--nodes", "2", kind=Server) as server:
         port = server.wait_for(JOIN_LINE)[1]
         with tllm("join", f"127.0.0.1:{port}", "--name", "other") as joined:
+
+            def strike() -> None:
+                for process in joined.family():
+                    process.kill()
+
             undisturbed = _text(server, request)
-            pieces: list[str] = []
-            killed = False
-            with (
-                httpx.Client(timeout=60) as client,
-                client.stream("POST", f"{server.url}/v1/chat/completions", json=request) as response,
-            ):
-                for line in response.iter_lines():
-                    if line.startswith("data: {"):
-                        assert "error" not in json.loads(line[6:]), line
-                        pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
-                    if len("".join(pieces)) > 40 and not killed:
-                        killed = True
-                        for process in joined.family():
-                            process.kill()
-            assert killed
-            assert "".join(pieces) == undisturbed
+            assert _text_struck(server, request, strike) == undisturbed
+
+
+def _text_struck(server: Server, request: dict[str, object], strike: Callable[[], None]) -> str:
+    """The text of a stream in the middle of which `strike` is called, once; no frame is an error."""
+    text, struck = "", False
+    with (
+        httpx.Client(timeout=60) as client,
+        client.stream("POST", f"{server.url}/v1/chat/completions", json=request) as response,
+    ):
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                assert "error" not in json.loads(line[6:]), line
+                text += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+            if len(text) > 40 and not struck:
+                struck = True
+                strike()
+    assert struck
+    return text
 
 
 def _text(server: Server, request: dict[str, object]) -> str:
