@@ -99,3 +99,9 @@ def test_an_unspecified_address_is_shown_as_the_host_name(monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "here")
     config = ServeConfig(host="0.0.0.0", api_key="k")
     assert "tllm join here:25001 " in _how_to_join(config, Listening(grpc_address="0.0.0.0:25001", token="t"))
+
+
+def test_run_without_a_url_refuses_the_key_of_another_server():
+    message = refusal("run", "--api-key", "secret", "embedded", "hello")
+    assert "--api-key would have no effect" in message
+    assert "secret" not in message

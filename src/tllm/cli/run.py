@@ -51,7 +51,9 @@ def run(
     options.set_up_logging(log_level)
     from tllm.cli.client import connected, first_model
 
-    if url is not None:
+    if url is None:
+        options.refuse_beside("a server of its own (no --url)", context, "api_key")
+    else:
         options.refuse_beside("--url", context, "workers", "dtype", "device", "threads", "max_model_len")
     with ExitStack() as stack:
         if url is None:
