@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from tllm.core.errors import ModelError
 from tllm.core.types import DType
 from tllm.models.checkpoint import Checkpoint, end_ids, generation_defaults
+from tllm.models.headers import sample_ranges
 from tllm.models.spec import Shard, TensorSlice
 from tllm.testing.checkpoints import FAMILIES, tiny_checkpoint
 
@@ -103,19 +105,24 @@ def test_slices_hold_the_weights_that_transformers_loads(family: str, tied: bool
     assert checkpoint.weight_bytes(whole(checkpoint), DType.BFLOAT16) == 2 * num_elements
 
 
-def test_opening_reads_no_weights(tmp_path: Path) -> None:
-    tiny_checkpoint(tmp_path)
-    before = Checkpoint.open(tmp_path)
+def test_opening_reads_only_samples_of_the_weights(tmp_path: Path) -> None:
+    before = Checkpoint.open(tiny_checkpoint(tmp_path))
     for path in tmp_path.glob("*.safetensors"):
-        start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
-        size = path.stat().st_size
+        infos = [info for info in before.tensors.values() if info.file == path]
+        data = path.read_bytes()
+        samples = sample_ranges(infos)
+        assert sum(map(len, samples)) <= 3 * 64 * len(infos)
+        start = 8 + int.from_bytes(data[:8], "little")
         with path.open("r+b") as file:
             file.truncate(start)
-            file.truncate(size)  # the same size, all zeros
+            file.truncate(len(data))  # the same size, all zeros
+            for part in samples:
+                file.seek(part.start)
+                file.write(data[part.start : part.stop])
     assert Checkpoint.open(tmp_path) == before
 
 
-def test_the_fingerprint_is_of_config_and_headers(tmp_path: Path) -> None:
+def test_the_fingerprint_is_of_config_headers_and_samples(tmp_path: Path) -> None:
     one = Checkpoint.open(tiny_checkpoint(tmp_path / "a"))
     same = Checkpoint.open(tiny_checkpoint(tmp_path / "b"))
     assert len(one.fingerprint) == 64
@@ -124,8 +131,21 @@ def test_the_fingerprint_is_of_config_and_headers(tmp_path: Path) -> None:
         Checkpoint.open(tiny_checkpoint(tmp_path / "c", overrides={"rms_norm_eps": 1e-4})),
         Checkpoint.open(tiny_checkpoint(tmp_path / "d", dtype=DType.BFLOAT16)),
         Checkpoint.open(tiny_checkpoint(tmp_path / "e", shards=2)),
+        Checkpoint.open(tiny_checkpoint(tmp_path / "f", seed=1)),
     ]
-    assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 4
+    assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 5
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+def test_one_tensor_of_a_finetune_changes_the_fingerprint(place: float, tmp_path: Path) -> None:
+    before = Checkpoint.open(tiny_checkpoint(tmp_path))
+    info = before.tensors["model.layers.2.mlp.up_proj.weight"]
+    with info.file.open("r+b") as file:
+        file.seek(info.offset + int(place * (info.num_bytes - 1)))
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    assert Checkpoint.open(tmp_path).fingerprint != before.fingerprint
 
 
 @pytest.mark.parametrize("dtype", DType)

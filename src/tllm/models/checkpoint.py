@@ -1,7 +1,9 @@
 """A checkpoint on disk: what its model is, where each weight lies, and what any shard of it needs.
 
 Opening reads config.json and the headers of the safetensors files, and checks that every weight of the model is there
-with the right shape and in a type that tllm loads. No weight bytes are read.
+with the right shape and in a type that tllm loads. Of the weights a few bytes each are read, for the fingerprint.
+
+A manifest (`models/manifest.py`) does instead of headers: then the tensors lie in a shard store, or nowhere yet.
 
 This file does not know frameworks, devices, or who holds which shard.
 """
@@ -15,7 +17,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Final
@@ -25,6 +27,7 @@ from tllm.core.types import DType
 from tllm.models.config import Config
 from tllm.models.families import Family, find_family, read_spec
 from tllm.models.headers import ELEMENT_BYTES, StoredTensors, TensorInfo, read_directory
+from tllm.models.manifest import MANIFEST_FILE, Manifest, ManifestTensor
 from tllm.models.slicing import (
     Source,
     Weight,
@@ -50,16 +53,36 @@ class Checkpoint:
     directory: Path
     spec: ModelSpec
     dtype: DType  # in which most of the weights' bytes are stored
-    fingerprint: str  # hex; equal for equal config.json, headers, file names and sizes
+    fingerprint: str  # hex; equal for equal config.json, headers, file names, sizes and samples of the weights
     tensors: Mapping[str, TensorInfo]  # by stored name; those without weights (masks, tables) left out
     sources: Mapping[str, Source]  # where each canonical weight lies
+    config: Mapping[str, object] = field(default_factory=dict)  # config.json
+    digest: bytes = b""  # of the headers and samples
 
     @classmethod
-    def open(cls, directory: Path) -> Checkpoint:
-        """Raises ModelError naming the file, field or tensor that is missing, wrong or not supported."""
+    def open(cls, path: Path) -> Checkpoint:
+        """A directory in the Hugging Face layout, or a manifest of the shard store.
+
+        A directory that has a manifest of its own in the place of weights can be opened and described, not loaded.
+        Raises ModelError naming the file, field or tensor that is missing, wrong or not supported.
+        """
+        if path.suffix == ".json" and path.is_file() and path.name != "config.json":
+            return cls.of_manifest(path, path.parent)
+        directory = path
         config = _read_config(directory)
+        if (directory / MANIFEST_FILE).is_file() and not any(directory.glob("*.safetensors")):
+            return cls.of_manifest(directory / MANIFEST_FILE, directory)
         find_family(config)  # before the weights: whoever has no such model cares little about its files
         return cls.from_headers(directory, config, read_directory(directory))
+
+    @classmethod
+    def of_manifest(cls, path: Path, directory: Path) -> Checkpoint:
+        """Raises ModelError also when the manifest's fingerprint is not that of what it says."""
+        manifest = Manifest.read(path)
+        checkpoint = cls.from_headers(directory, Config(path=str(path), fields=manifest.config), manifest.stored(path))
+        if checkpoint.fingerprint != manifest.fingerprint:
+            raise ModelError(f"{path} is damaged: its fingerprint is not that of its content. Remove it.")
+        return checkpoint
 
     @classmethod
     def from_headers(cls, directory: Path, config: Config, stored: StoredTensors) -> Checkpoint:
@@ -81,7 +104,23 @@ class Checkpoint:
             fingerprint=hashlib.sha256(config_digest + stored.digest).hexdigest(),
             tensors=tensors,
             sources=sources,
+            config=config.fields,
+            digest=stored.digest,
         )
+
+    def manifest(self, *, model: str = "") -> Manifest:
+        """Everything but the weights, and no hash of them."""
+        return Manifest(
+            fingerprint=self.fingerprint,
+            config=self.config,
+            digest=self.digest,
+            tensors={name: ManifestTensor(dtype=info.dtype, shape=info.shape) for name, info in self.tensors.items()},
+            model=model,
+        )
+
+    def needed(self, shard: Shard) -> tuple[str, ...]:
+        """The stored tensors of which the shard reads at least a part, each once."""
+        return tuple(dict.fromkeys(part.source for part in self.slices(shard)))
 
     def slices(self, shard: Shard) -> tuple[TensorSlice, ...]:
         """What the shard reads. Raises ModelError when it is no part of the model (see `models/slicing.py`)."""
@@ -157,9 +196,12 @@ def _read_generation_config(directory: Path) -> Config | None:
     return Config.read(path) if path.is_file() else None
 
 
-def _find_prefix(family: Family, tensors: Mapping[str, TensorInfo]) -> str:
+def _find_prefix(family: Family, tensors: Mapping[str, TensorInfo], directory: Path) -> str:
     """Base models are saved without the name of the part they are of a whole."""
-    return next(prefix for prefix in family.prefixes if any(name.startswith(prefix) for name in tensors))
+    for prefix in family.prefixes:
+        if any(name.startswith(prefix) for name in tensors):
+            return prefix
+    raise ModelError(f"{directory} has no tensor of a {family.name} model.")
 
 
 def _locate(
@@ -170,7 +212,7 @@ def _locate(
     As in transformers: with tied embeddings one of the two may be absent, whichever it is. A checkpoint that says tied
     and stores both is read as it is stored, untied, which gives the same answers if they are equal.
     """
-    prefix = _find_prefix(family, tensors)
+    prefix = _find_prefix(family, tensors, directory)
     weights = {weight.target: weight for weight in _all_weights(spec)}
     sources: dict[str, Source] = {}
     for stored in family.weights:

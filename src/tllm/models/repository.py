@@ -3,26 +3,29 @@
 A name is, in this order: `embedded`, the small model that comes with tllm; a directory; `org/name` on the Hugging
 Face hub, fetched into its cache when the `hub` extra is installed. No code of a repository is ever run or fetched.
 
+    resolve_model      all of it, fetched first if it has to be
+    resolve_headers    all but the weights, for a head that computes nothing
+    find_local         what is on this machine already
+
 This file does not know what is in the directory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import os
-import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import ModuleType
 from typing import Final
 
 from tllm.core.errors import ModelError
+from tllm.models.hub import SMALL_FILES, fetch_headers, is_hub_name, is_offline
 
 EMBEDDED: Final = "embedded"
 
-# Everything that tllm reads: config and tokenizer (*.json, and the older forms), weights, template.
-HUB_FILES: Final = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt", "vocab.txt", "chat_template.jinja")
-
-_HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Everything that tllm reads.
+HUB_FILES: Final = ("*.json", "*.safetensors", *(name for name in SMALL_FILES if name != "*.json"))
 
 
 def resolve_model(name: str) -> Path:
@@ -38,12 +41,52 @@ def resolve_model(name: str) -> Path:
         return path.resolve()
     if name and path.exists():
         raise ModelError(f"{name} is a file; give the directory that holds the model's config.json.")
-    if not _HUB_NAME.fullmatch(name):
+    if not is_hub_name(name):
         raise ModelError(
             f"There is no model {name!r}: it is neither {EMBEDDED!r}, nor an existing directory, nor a name on the hub "
             "such as Qwen/Qwen3-0.6B."
         )
     return _from_hub(name)
+
+
+def resolve_headers(name: str) -> Path:
+    """The directory of a model for whoever describes it and computes nothing: of a hub model only config, tokenizer
+    and a manifest in the place of the weights are fetched, with or without the `hub` extra.
+
+    Raises ModelError as `resolve_model` does.
+    """
+    if (local := find_local(name)) is not None:
+        return local
+    if not is_hub_name(name) or Path(name).expanduser().exists():
+        return resolve_model(name)  # which says what is wrong with the name
+    return fetch_headers(name)
+
+
+def find_local(name: str) -> Path | None:
+    """The directory that holds all of a model's files on this machine, the hub's cache included; None: there is none.
+
+    Nothing is fetched and nothing raised for a name that leads nowhere.
+    """
+    if name == EMBEDDED:
+        return _embedded()
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # too long, with a NUL, of a user that is not
+        path = Path(name).expanduser()
+        if name and path.is_dir():
+            return path.resolve()
+    return _in_hub_cache(name) if is_hub_name(name) else None
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    """The snapshot that the hub's own library keeps of the model's main revision."""
+    home = os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or str(Path(home) / "hub"))
+    model = cache / f"models--{name.replace('/', '--')}"
+    try:
+        commit = (model / "refs" / "main").read_text().strip()
+    except (OSError, ValueError):
+        return None
+    snapshot = model / "snapshots" / commit
+    return snapshot if commit and PurePath(commit).name == commit and snapshot.is_dir() else None
 
 
 def _embedded() -> Path:
@@ -65,7 +108,7 @@ def _from_hub(name: str) -> Path:
             f"There is no directory {name!r}. To fetch the model {name} from the Hugging Face hub, install "
             "the extra: pip install 'tllm[hub]'."
         ) from error
-    offline = any(os.environ.get(variable, "") not in ("", "0") for variable in ("TLLM_OFFLINE", "HF_HUB_OFFLINE"))
+    offline = is_offline()
     try:
         found = huggingface_hub.snapshot_download(name, allow_patterns=list(HUB_FILES), local_files_only=offline)
     except errors.GatedRepoError as error:
