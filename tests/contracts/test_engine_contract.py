@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from tllm.core.errors import EngineError, MissingKVError
+from tllm.core.errors import EngineError, MissingKVError, ModelError
 from tllm.core.types import (
     Activation,
     BlockCopy,
@@ -356,6 +358,111 @@ def test_more_kv_than_there_is_memory_is_refused(engine: EngineFactory) -> None:
         one.allocate(1 << 40, BLOCK_SIZE)
     one.allocate(4, BLOCK_SIZE)
     one.forward(step(chunk(1, 0, [1], [0])), None)
+
+
+# Becoming another shard -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    """Ends apart, ends tied, ends tied with learned positions and biases."""
+    directory = tmp_path_factory.mktemp("reload")
+    return {
+        name: Checkpoint.open(tiny_checkpoint(directory / name, family, layers=NUM_LAYERS, tied=tied, tokenizer=False))
+        for name, family, tied in (("llama", "llama", False), ("tied", "qwen3", True), ("gpt2", "gpt2", True))
+    }
+
+
+def loaded(make: Callable[[EngineConfig], Engine], checkpoint: Checkpoint, shard: Shard) -> Engine:
+    one = make(EngineConfig(shard=shard, dtype=DType.FLOAT32, num_threads=1))
+    one.load(checkpoint, lambda done, total: None)
+    return one
+
+
+def answers(one: Engine, shard: Shard, hidden: Sequence[Activation]) -> tuple[object, ...]:
+    """Everything that the engine says of a prompt and one decode, to the last bit."""
+    one.allocate(4, BLOCK_SIZE)
+    asked = SamplingParams(temperature=0.0, logprobs=3)
+    steps = (step(chunk(1, 0, PROMPT[:9], [2, 1], sample=asked)), step(chunk(1, 9, PROMPT[9:10], [2, 1], sample=asked)))
+    said = (one.forward(each, None if shard.embed else x) for each, x in zip(steps, hidden, strict=True))
+    return tuple(bytes(answer.data) if isinstance(answer, Activation) else answer for answer in said)
+
+
+shards = st.builds(
+    lambda ends, embed, head: Shard(first_layer=min(ends), last_layer=max(ends), embed=embed, head=head),
+    st.sets(st.integers(0, NUM_LAYERS), min_size=1, max_size=2),  # a shard without layers is a shard
+    st.booleans(),
+    st.booleans(),
+)
+
+
+@pytest.mark.parametrize("engine_name", sorted(ENGINES))
+@pytest.mark.parametrize("name", ["llama", "tied", "gpt2"])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(path=st.lists(shards, min_size=2, max_size=3))
+def test_a_reloaded_engine_is_a_fresh_one_that_read_only_what_it_lacked(
+    checkpoints: dict[str, Checkpoint], name: str, engine_name: str, path: list[Shard]
+) -> None:
+    make, checkpoint = ENGINES[engine_name], checkpoints[name]
+    start = loaded(make, checkpoint, Shard(first_layer=0, last_layer=1, embed=True, head=False))
+    start.allocate(4, BLOCK_SIZE)
+    prompt = (step(chunk(1, 0, PROMPT[:9], [2, 1])), step(chunk(1, 9, PROMPT[9:10], [2, 1])))
+    hidden = [answer for each in prompt if isinstance(answer := start.forward(each, None), Activation)]
+    one = loaded(make, checkpoint, path[0])
+    held = {piece.target for piece in checkpoint.slices(path[0])}
+    expected_bytes = one.statistics().read_bytes
+    assert expected_bytes == sum(piece.num_bytes for piece in checkpoint.slices(path[0]))
+    answers(one, path[0], hidden)
+    for shard in path[1:]:
+        seen: list[tuple[int, int]] = []
+        one.reload(checkpoint, shard, lambda done, total, seen=seen: seen.append((done, total)))
+        wanted = {piece.target: piece.num_bytes for piece in checkpoint.slices(shard)}
+        missing = sum(size for target, size in wanted.items() if target not in held)
+        assert seen == sorted(seen)
+        assert seen[-1] == (missing, missing)
+        held, expected_bytes = set(wanted), expected_bytes + missing
+        statistics = one.statistics()
+        assert statistics.read_bytes == expected_bytes
+        assert statistics.weight_bytes == checkpoint.weight_bytes(shard, DType.FLOAT32)
+        assert (statistics.kv_bytes, statistics.num_blocks) == (0, 0)
+    fresh = loaded(make, checkpoint, path[-1])
+    assert answers(one, path[-1], hidden) == answers(fresh, path[-1], hidden)
+    for each in (start, one, fresh):
+        each.close()
+    assert one.statistics().weight_bytes == 0
+
+
+def test_kv_is_forgotten_by_a_reload(engine: EngineFactory, checkpoint: Checkpoint) -> None:
+    whole = Shard(first_layer=0, last_layer=NUM_LAYERS, embed=True, head=True)
+    one = engine(whole)
+    one.allocate(4, BLOCK_SIZE)
+    one.forward(step(chunk(1, 0, [1, 2, 3], [0])), None)
+    one.reload(checkpoint, whole, lambda done, total: None)
+    with pytest.raises(EngineError, match="allocate"):
+        one.forward(step(chunk(1, 3, [4], [0])), None)
+    one.allocate(4, BLOCK_SIZE)
+    with pytest.raises(MissingKVError):
+        one.forward(step(chunk(1, 3, [4], [0])), None)
+
+
+def test_what_cannot_be_reloaded_is_refused(checkpoints: dict[str, Checkpoint]) -> None:
+    shard = Shard(first_layer=0, last_layer=2, embed=True, head=False)
+    for make in ENGINES.values():
+        one = make(EngineConfig(shard=shard, dtype=DType.FLOAT32, num_threads=1))
+        with pytest.raises(EngineError, match="load comes before reload"):
+            one.reload(checkpoints["llama"], shard, lambda done, total: None)
+        one.load(checkpoints["llama"], lambda done, total: None)
+        with pytest.raises(EngineError, match="another checkpoint"):
+            one.reload(checkpoints["tied"], shard, lambda done, total: None)
+        with pytest.raises(EngineError, match="whole layers"):
+            one.reload(checkpoints["llama"], dataclasses.replace(shard, ranks=2), lambda done, total: None)
+        beyond = Shard(first_layer=1, last_layer=NUM_LAYERS + 1, embed=False, head=False)
+        with pytest.raises(ModelError, match="not a run"):
+            one.reload(checkpoints["llama"], beyond, lambda done, total: None)
+        assert one.statistics().weight_bytes == 0
+        with pytest.raises(EngineError):
+            one.allocate(1, BLOCK_SIZE)
+        one.close()
 
 
 # Accounts -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 Rules, kept by the caller:
     `load`, then `allocate`, then any number of `forward`, then `close`; all from one thread, one call at a time.
+    Between `load` and `close` the shard may become another one by `reload`, after which `allocate` comes again.
     Steps arrive in the order in which the head made them.
 Rules, kept by the engine:
     No record of sequences: a chunk names the blocks it reads and writes, and carries what sampling needs.
@@ -25,7 +26,7 @@ from tllm.models.spec import Shard
 class EngineConfig:
     """What an engine is made from. `dtype` is that of weights, KV and activations alike."""
 
-    shard: Shard
+    shard: Shard  # the first one; `Engine.reload` gives another
     dtype: DType
     device: str = "cpu"  # in the framework's own words: cpu, cuda, cuda:1, mps
     num_threads: int | None = None  # None leaves the framework's default
@@ -38,7 +39,8 @@ class EngineConfig:
 class EngineStatistics:
     """Counters since `load`; bytes and counts, never times of day."""
 
-    weight_bytes: int
+    weight_bytes: int  # held now
+    read_bytes: int  # of the checkpoint, as stored, by `load` and every `reload` that succeeded
     kv_bytes: int
     num_blocks: int
     num_steps: int
@@ -53,6 +55,15 @@ class Engine(Protocol):
 
         Raises ModelError naming a missing or misshapen tensor, EngineError when memory does not suffice; the engine
         can then only be closed.
+        """
+
+    def reload(self, checkpoint: Checkpoint, shard: Shard, progress: Callable[[int, int], None]) -> None:
+        """Become the engine of another shard of the same checkpoint, equal bit for bit to one that loads it anew.
+
+        Weights that both shards have stay where they are; what is not wanted any more is given back first, then what
+        is missing is read: `progress` counts that alone. All KV is forgotten, and `allocate` comes again. The
+        checkpoint may lie elsewhere than before, as long as its fingerprint is the same. Raises like `load`; the
+        engine can then only be closed.
         """
 
     def free_bytes(self) -> int:

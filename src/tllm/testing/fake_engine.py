@@ -11,11 +11,14 @@ where it is told to.
 
 Hidden states carry a digest as eight numbers 0..255, repeated over the row: exact in float32, bfloat16 and float16.
 
+Its weights are an account alone: which ones it holds and how many bytes it would have read for them.
+
 This file does not know any framework, and neither who calls it.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +47,8 @@ from tllm.core.types import (
 from tllm.engines.base import EngineConfig, EngineStatistics
 from tllm.engines.packing import BlockLedger, PackedChunk, PackedStep, pack
 from tllm.models.checkpoint import Checkpoint
-from tllm.models.spec import ActivationKind, MlpKind, ModelSpec, NormKind, Rope, RopeKind
+from tllm.models.slicing import shard_weights
+from tllm.models.spec import ActivationKind, MlpKind, ModelSpec, NormKind, Rope, RopeKind, Shard
 
 Digests = NDArray[np.uint64]
 
@@ -100,11 +104,14 @@ class FakeEngine:
     """Implements `tllm.engines.base.Engine`, for a checkpoint of any kind: only its spec is used."""
 
     def __init__(self, config: EngineConfig, behaviour: FakeBehaviour | None = None) -> None:
-        if config.shard.ranks != 1:
-            raise EngineError("the fake engine computes whole layers only")
+        _check_ranks(config.shard)
         self._config = config
+        self._shard = config.shard
         self._behaviour = behaviour or FakeBehaviour()
         self._spec: ModelSpec | None = None
+        self._fingerprint = ""
+        self._weights: dict[str, int] = {}  # elements by canonical name
+        self._read_bytes = 0
         self._kv: Digests | None = None  # (layers of the shard, slots)
         self._ledger: BlockLedger | None = None
         self._num_blocks = 0
@@ -116,9 +123,28 @@ class FakeEngine:
     def load(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> None:
         if checkpoint.spec.hidden_size < 8:
             raise EngineError("the fake engine needs rows of at least 8 elements")
-        progress(0, 1)
-        self._spec = checkpoint.spec
-        progress(1, 1)
+        self._fingerprint = checkpoint.fingerprint
+        self._become(checkpoint, self._shard, progress)
+
+    def reload(self, checkpoint: Checkpoint, shard: Shard, progress: Callable[[int, int], None]) -> None:
+        if self._spec is None:
+            raise EngineError("the engine has no weights: load comes before reload")
+        if checkpoint.fingerprint != self._fingerprint:
+            raise EngineError(f"the engine holds another checkpoint than the one in {checkpoint.directory}")
+        _check_ranks(shard)
+        self._drop_kv()
+        self._spec = None
+        self._become(checkpoint, shard, progress)
+
+    def _become(self, checkpoint: Checkpoint, shard: Shard, progress: Callable[[int, int], None]) -> None:
+        held, self._weights = self._weights, {}
+        wanted = {weight.target: math.prod(weight.shape) for weight in shard_weights(checkpoint.spec, shard)}
+        missing = sum(size for target, size in wanted.items() if target not in held)
+        num_bytes = missing * checkpoint.dtype.num_bytes
+        progress(0, num_bytes)
+        self._spec, self._shard, self._weights = checkpoint.spec, shard, wanted
+        self._read_bytes += num_bytes
+        progress(num_bytes, num_bytes)
 
     def free_bytes(self) -> int:
         return self._behaviour.memory_bytes - self.statistics().kv_bytes
@@ -128,11 +154,11 @@ class FakeEngine:
             raise EngineError("the engine has no weights: load comes before allocate")
         if num_blocks < 1 or block_size < 1:
             raise EngineError(f"{num_blocks} blocks of {block_size} positions were asked for; both must be at least 1")
-        self._kv, self._ledger, self._num_blocks, self._block_size = None, None, 0, 0
+        self._drop_kv()
         needed = num_blocks * block_size * self._bytes_per_position()
         if needed > self.free_bytes():
             raise EngineError(f"the KV takes {needed} bytes, but {self.free_bytes()} are left")
-        self._kv = np.zeros((len(self._config.shard.layers), num_blocks * block_size), dtype=np.uint64)
+        self._kv = np.zeros((len(self._shard.layers), num_blocks * block_size), dtype=np.uint64)
         self._ledger = BlockLedger(num_blocks, block_size)
         self._num_blocks, self._block_size = num_blocks, block_size
 
@@ -155,12 +181,12 @@ class FakeEngine:
             for copy in step.copies:
                 source, target = copy.source * self._block_size, copy.target * self._block_size
                 self._kv[:, target : target + copy.length] = self._kv[:, source : source + copy.length]
-            for layer, kv in zip(self._config.shard.layers, self._kv, strict=True):
+            for layer, kv in zip(self._shard.layers, self._kv, strict=True):
                 kv[packed.slots] = x
                 seen = [self._read(kv, chunk) for chunk in packed.chunks]
                 x = _next_layer(layer, x, np.concatenate(seen)) if seen else x
             self._raise_faults(call, step)
-            answer = self._results(step, packed, x) if self._config.shard.head else self._to_wire(x)
+            answer = self._results(step, packed, x) if self._shard.head else self._to_wire(x)
         self._num_steps += 1
         self._num_tokens += packed.num_rows
         return answer
@@ -168,7 +194,8 @@ class FakeEngine:
     def statistics(self) -> EngineStatistics:
         positions = self._num_blocks * self._block_size
         return EngineStatistics(
-            weight_bytes=0,
+            weight_bytes=sum(self._weights.values()) * self._config.dtype.num_bytes,
+            read_bytes=self._read_bytes,
             kv_bytes=positions * self._bytes_per_position() if positions else 0,
             num_blocks=self._num_blocks,
             num_steps=self._num_steps,
@@ -176,16 +203,21 @@ class FakeEngine:
         )
 
     def close(self) -> None:
-        self._spec = self._kv = self._ledger = None
+        self._drop_kv()
+        self._spec = None
+        self._weights = {}
+
+    def _drop_kv(self) -> None:
+        self._kv = self._ledger = None
         self._num_blocks = self._block_size = 0
 
     def _bytes_per_position(self) -> int:
         assert self._spec is not None
-        return self._spec.kv_bytes_per_position(len(self._config.shard.layers), self._config.dtype)
+        return self._spec.kv_bytes_per_position(len(self._shard.layers), self._config.dtype)
 
     def _input(self, packed: PackedStep, hidden: Activation | None) -> Digests:
         assert self._spec is not None
-        if self._config.shard.embed:
+        if self._shard.embed:
             if hidden is not None:
                 raise EngineError("the shard embeds tokens itself, but was given hidden states")
             return _embed(packed.tokens, packed.positions)
@@ -234,6 +266,11 @@ class FakeEngine:
     def _to_wire(self, x: Digests) -> Activation:
         assert self._spec is not None
         return _to_row_bytes(x, self._spec.hidden_size, self._config.dtype)
+
+
+def _check_ranks(shard: Shard) -> None:
+    if shard.ranks != 1:
+        raise EngineError("the fake engine computes whole layers only")
 
 
 def fake_tokens(

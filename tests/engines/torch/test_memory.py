@@ -51,6 +51,47 @@ print(json.dumps({
 """
 
 
+RELOADING_CHILD = """
+import json, sys
+from pathlib import Path
+from tllm.core.types import DType
+from tllm.engines.base import EngineConfig
+from tllm.engines.torch.engine import TorchEngine
+from tllm.models.checkpoint import Checkpoint
+from tllm.models.spec import Shard
+
+def bytes_read():
+    return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["rchar"])
+
+def status(name):
+    return int(dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())[name].split()[0])
+
+checkpoint = Checkpoint.open(Path(sys.argv[1]))
+engine = None
+moments = []
+for first, last in json.loads(sys.argv[2]):
+    shard = Shard(first_layer=first, last_layer=last, embed=first == 0, head=last == checkpoint.spec.num_layers)
+    before = bytes_read()
+    if engine is None:
+        engine = TorchEngine(EngineConfig(shard=shard, dtype=DType.BFLOAT16, num_threads=1))
+        engine.load(checkpoint, lambda done, total: None)
+        read = 0
+    else:
+        read = -engine.statistics().read_bytes
+        engine.reload(checkpoint, shard, lambda done, total: None)
+    read += engine.statistics().read_bytes
+    moments.append({
+        "shard": checkpoint.weight_bytes(shard, DType.BFLOAT16),
+        "weights": engine.statistics().weight_bytes,
+        "told": read,
+        "read": bytes_read() - before,
+        "resident": status("VmRSS") * 1024,
+        "peak": status("VmHWM") * 1024,
+    })
+print(json.dumps(moments))
+"""
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """570 MB of zeros in the shape of a small model; sparse on disk."""
@@ -93,6 +134,23 @@ def test_a_stage_takes_its_shard_and_reads_its_shard(
     assert measured["weights"] == measured["shard"] > 200 * MEGABYTE
     assert measured["read"] == pytest.approx(measured["shard"] * stored_bytes_per_byte, rel=0.01, abs=MEGABYTE)
     assert measured["peak"] <= 1.15 * measured["shard"] + 300 * MEGABYTE, measured
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory and reads are those of /proc")
+def test_a_reloaded_stage_has_given_back_what_it_dropped_and_reads_what_it_lacks(checkpoint: Path) -> None:
+    path = [(0, 8), (2, 4), (2, 8), (8, 14)]
+    command = [sys.executable, "-c", RELOADING_CHILD, str(checkpoint), json.dumps(path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    moments = json.loads(result.stdout)
+    for moment in moments:
+        assert moment["weights"] == moment["shard"]
+        assert moment["read"] == pytest.approx(moment["told"], rel=0.01, abs=MEGABYTE)
+        assert moment["resident"] <= 1.05 * moment["shard"] + 300 * MEGABYTE, moments
+    largest = max(moment["shard"] for moment in moments)
+    assert moments[-1]["peak"] <= 1.15 * largest + 300 * MEGABYTE, moments
+    layer = moments[1]["shard"] // 2
+    assert [moment["told"] for moment in moments] == [moments[0]["shard"], 0, 4 * layer, moments[3]["shard"]]
+    assert moments[1]["resident"] < moments[0]["resident"] - 0.9 * (moments[0]["shard"] - moments[1]["shard"])
 
 
 def test_free_memory_of_the_machine_is_known() -> None:

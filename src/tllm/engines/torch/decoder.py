@@ -34,6 +34,10 @@ class RMSNorm:
     weight: Tensor
     eps: float
 
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.nbytes
+
     def __call__(self, x: Tensor) -> Tensor:
         return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
@@ -43,6 +47,10 @@ class LayerNorm:
     weight: Tensor
     bias: Tensor
     eps: float
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.nbytes + self.bias.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
@@ -62,17 +70,35 @@ class LayerWeights:
     up: Linear  # gated: outputs are I gates, then I ups
     down: Linear
 
+    @property
+    def num_bytes(self) -> int:
+        norms = (self.attention_norm, self.q_norm, self.k_norm, self.mlp_norm)
+        linears = (self.qkv, self.o, self.up, self.down)
+        return sum(norm.num_bytes for norm in norms if norm is not None) + sum(linear.num_bytes for linear in linears)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DecoderWeights:
-    """`embed` and `positions` belong to the first stage, `norm` and `head` to the last; None elsewhere."""
+    """`embed` and `positions` belong to the first stage, `norm` and `head` to the last; None elsewhere.
+
+    With tied embeddings, where both ends are, `head` is made of `embed` itself.
+    """
 
     embed: Tensor | None  # (V, M)
     positions: Tensor | None  # (P, M), only with learned positions
     layers: Mapping[int, LayerWeights]
     norm: Norm | None
     head: Linear | None
-    num_bytes: int
+    tied: bool  # the model's
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all of them; what two share counts once."""
+        tables = sum(table.nbytes for table in (self.embed, self.positions) if table is not None)
+        layers = sum(layer.num_bytes for layer in self.layers.values())
+        ends = sum(end.num_bytes for end in (self.norm, self.head) if end is not None)
+        shared = self.embed.nbytes if self.tied and self.embed is not None and self.head is not None else 0
+        return tables + layers + ends - shared
 
 
 class Decoder:

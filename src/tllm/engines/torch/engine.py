@@ -21,12 +21,13 @@ from tllm.engines.base import EngineConfig, EngineStatistics
 from tllm.engines.packing import BlockLedger, PackedChunk, PackedStep, pack
 from tllm.engines.torch import sampler
 from tllm.engines.torch.attention import kernel_for
-from tllm.engines.torch.decoder import Decoder
+from tllm.engines.torch.decoder import Decoder, DecoderWeights
 from tllm.engines.torch.kv import KVCache
-from tllm.engines.torch.loader import TORCH_DTYPES, load_weights
-from tllm.engines.torch.memory import free_bytes
+from tllm.engines.torch.loader import TORCH_DTYPES, keep, load_weights, missing, no_weights
+from tllm.engines.torch.memory import free_bytes, give_back
 from tllm.models.checkpoint import Checkpoint
-from tllm.models.spec import LearnedPositions, ModelSpec
+from tllm.models.slicing import weight_bytes
+from tllm.models.spec import LearnedPositions, ModelSpec, Shard
 
 _ROWS_SCORED_AT_ONCE = 64  # 64 rows x 128k vocabulary x 4 bytes = 33 MB of logits
 
@@ -35,20 +36,19 @@ class TorchEngine:
     """Implements `tllm.engines.base.Engine`. Raises ConfigError when made for a device that is not there."""
 
     def __init__(self, config: EngineConfig) -> None:
-        if config.shard.ranks != 1:
-            raise EngineError(
-                f"the shard is rank {config.shard.rank} of {config.shard.ranks}, "
-                "but the torch engine computes whole layers only; plan one rank per stage"
-            )
+        _check_ranks(config.shard)
         self._config = config
+        self._shard = config.shard
         self._device = _device(config.device)
         self._dtype = TORCH_DTYPES[config.dtype]
         self._spec: ModelSpec | None = None
+        self._fingerprint = ""
+        self._weights: DecoderWeights | None = None
         self._decoder: Decoder | None = None
         self._kv: KVCache | None = None
         self._ledger: BlockLedger | None = None
         self._max_positions = 0
-        self._weight_bytes = 0
+        self._read_bytes = 0
         self._num_steps = 0
         self._num_tokens = 0
 
@@ -61,14 +61,34 @@ class TorchEngine:
             raise EngineError(
                 f"{self._max_positions} positions were asked for, but the model learned {spec.positions.num_positions}"
             )
-        needed, free = checkpoint.weight_bytes(self._config.shard, self._config.dtype), self.free_bytes()
+        self._fingerprint = checkpoint.fingerprint
+        self._become(checkpoint, self._shard, no_weights(spec), progress)
+
+    def reload(self, checkpoint: Checkpoint, shard: Shard, progress: Callable[[int, int], None]) -> None:
+        if self._weights is None:
+            raise EngineError("the engine has no weights: load comes before reload")
+        if checkpoint.fingerprint != self._fingerprint:
+            raise EngineError(
+                f"the engine holds another checkpoint than the one in {checkpoint.directory}; "
+                "close it and make a new one"
+            )
+        _check_ranks(shard)
+        kept = keep(self._weights, shard)
+        self._drop()
+        self._become(checkpoint, shard, kept, progress)
+
+    def _become(
+        self, checkpoint: Checkpoint, shard: Shard, kept: DecoderWeights, progress: Callable[[int, int], None]
+    ) -> None:
+        wanted = missing(checkpoint, shard, kept)
+        needed, free = weight_bytes(wanted, self._config.dtype), self.free_bytes()
         if needed > free:
             raise EngineError(f"the shard's weights take {needed} bytes, but {self._device} has {free} left")
         with torch.inference_mode(), _as_engine_errors():
-            weights = load_weights(checkpoint, self._config.shard, self._config.dtype, self._device, progress)
-            self._decoder = Decoder(spec, weights, self._device, kernel_for(self._device), self._max_positions)
-        self._spec = spec
-        self._weight_bytes = weights.num_bytes
+            weights = load_weights(checkpoint, shard, self._config.dtype, self._device, progress, kept)
+            decoder = Decoder(checkpoint.spec, weights, self._device, kernel_for(self._device), self._max_positions)
+        self._spec, self._shard, self._weights, self._decoder = checkpoint.spec, shard, weights, decoder
+        self._read_bytes += sum(piece.num_bytes for piece in wanted)
 
     def free_bytes(self) -> int:
         return free_bytes(self._device)
@@ -79,7 +99,7 @@ class TorchEngine:
         if num_blocks < 1 or block_size < 1:
             raise EngineError(f"{num_blocks} blocks of {block_size} positions were asked for; both must be at least 1")
         self._kv, self._ledger = None, None  # first give back, then take
-        per_position = self._spec.kv_bytes_per_position(len(self._config.shard.layers), self._config.dtype)
+        per_position = self._spec.kv_bytes_per_position(len(self._shard.layers), self._config.dtype)
         needed, free = num_blocks * block_size * per_position, self.free_bytes()
         if needed > free:
             raise EngineError(
@@ -87,7 +107,7 @@ class TorchEngine:
             )
         with torch.inference_mode(), _as_engine_errors():
             self._kv = KVCache(
-                self._config.shard.layers,
+                self._shard.layers,
                 num_kv_heads=self._spec.num_kv_heads,
                 head_dim=self._spec.head_dim,
                 num_blocks=num_blocks,
@@ -116,14 +136,15 @@ class TorchEngine:
             else:
                 x_TM = self._decoder.embed(packed) if hidden is None else self._from_wire(hidden)
                 x_TM = self._decoder.layers(x_TM, packed, self._kv)
-            answer = self._results(step, packed, x_TM) if self._config.shard.head else self._to_wire(x_TM)
+            answer = self._results(step, packed, x_TM) if self._shard.head else self._to_wire(x_TM)
         self._num_steps += 1
         self._num_tokens += packed.num_rows
         return answer
 
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(
-            weight_bytes=self._weight_bytes,
+            weight_bytes=0 if self._weights is None else self._weights.num_bytes,
+            read_bytes=self._read_bytes,
             kv_bytes=0 if self._kv is None else self._kv.num_bytes,
             num_blocks=0 if self._kv is None else self._kv.num_blocks,
             num_steps=self._num_steps,
@@ -131,10 +152,12 @@ class TorchEngine:
         )
 
     def close(self) -> None:
-        self._spec = self._decoder = self._kv = self._ledger = None
-        self._weight_bytes = 0
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._drop()
+
+    def _drop(self) -> None:
+        """All memory that nobody else holds goes back to the machine."""
+        self._spec = self._weights = self._decoder = self._kv = self._ledger = None
+        give_back(self._device)
 
     def _results(self, step: Step, packed: PackedStep, x_TM: Tensor) -> StepResult:
         assert self._decoder is not None
@@ -169,7 +192,7 @@ class TorchEngine:
         return Scored(seq=chunk.chunk.seq, start=chunk.start, scores=tuple(scores))
 
     def _check_hidden(self, hidden: Activation | None, shape: tuple[int, int]) -> None:
-        if self._config.shard.embed:
+        if self._shard.embed:
             if hidden is not None:
                 raise EngineError("the shard embeds tokens itself, but was given hidden states")
             return
@@ -194,6 +217,14 @@ class TorchEngine:
         """No copy on a CPU: the bytes belong to the tensor, which nobody else holds."""
         array = x_TM.contiguous().cpu().view(-1).view(torch.uint8).numpy()
         return Activation(data=array.data, dtype=self._config.dtype, shape=(x_TM.shape[0], x_TM.shape[1]))
+
+
+def _check_ranks(shard: Shard) -> None:
+    if shard.ranks != 1:
+        raise EngineError(
+            f"the shard is rank {shard.rank} of {shard.ranks}, "
+            "but the torch engine computes whole layers only; plan one rank per stage"
+        )
 
 
 def _device(name: str) -> torch.device:

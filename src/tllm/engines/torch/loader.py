@@ -3,7 +3,8 @@
 Bytes are read, not mapped: pages of a mapped file count as the process's memory. What needs no change of type or order
 is read straight into its place; the rest passes through a staging buffer. A linear that is packed is read into one
 scratch buffer of at most `PACK_BYTES`, over and over, so that a shard is never held twice. Projections that share an
-input become one: q, k, v -> qkv, gate, up -> up.
+input become one: q, k, v -> qkv, gate, up -> up. A shard that comes after another keeps the other's tables, layers and
+ends that it has too, and reads the rest.
 
 This file does not know tensor names on disk or how slices are chosen (`Checkpoint.slices` does), nor any computation.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 
@@ -23,49 +25,92 @@ from tllm.core.types import DType
 from tllm.engines.torch.decoder import DecoderWeights, LayerNorm, LayerWeights, Norm, RMSNorm
 from tllm.engines.torch.linear import PACK_BYTES, Linear, PackedLinear, PlainLinear, can_pack, pack_rows
 from tllm.models.checkpoint import Checkpoint
-from tllm.models.spec import LearnedPositions, MlpKind, NormKind, Shard, TensorSlice
+from tllm.models.spec import LearnedPositions, MlpKind, ModelSpec, NormKind, Shard, TensorSlice
 
 _STAGING_BYTES = 4 << 20
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 TORCH_DTYPES = {DType.FLOAT32: torch.float32, DType.BFLOAT16: torch.bfloat16, DType.FLOAT16: torch.float16}
 
 
+def no_weights(spec: ModelSpec) -> DecoderWeights:
+    """What a shard has before it is loaded."""
+    return DecoderWeights(embed=None, positions=None, layers={}, norm=None, head=None, tied=spec.tied)
+
+
+def keep(weights: DecoderWeights, shard: Shard) -> DecoderWeights:
+    """Those of the weights that another shard of the same model has as they are.
+
+    A tied head is the plain embedding on a stage that has both, and a weight of its own, packed where that is faster,
+    on a stage without the embedding: when the one becomes the other, the head is made anew.
+    """
+    same_head = not weights.tied or (weights.embed is not None) == shard.embed
+    return replace(
+        weights,
+        embed=weights.embed if shard.embed else None,
+        positions=weights.positions if shard.embed else None,
+        layers={layer: weights.layers[layer] for layer in shard.layers if layer in weights.layers},
+        norm=weights.norm if shard.head else None,
+        head=weights.head if shard.head and same_head else None,
+    )
+
+
+def missing(checkpoint: Checkpoint, shard: Shard, kept: DecoderWeights) -> tuple[TensorSlice, ...]:
+    """The slices of the shard that are not in `kept`. Raises ModelError when the shard is no part of the model."""
+    ends = {"embed": kept.embed, "positions": kept.positions, "norm": kept.norm, "head": kept.head}
+
+    def is_missing(target: str) -> bool:
+        part, name, *_ = target.split(".")
+        return int(name) not in kept.layers if part == "layers" else ends[part] is None
+
+    return tuple(piece for piece in checkpoint.slices(shard) if is_missing(piece.target))
+
+
 def load_weights(
-    checkpoint: Checkpoint, shard: Shard, dtype: DType, device: torch.device, progress: Callable[[int, int], None]
+    checkpoint: Checkpoint,
+    shard: Shard,
+    dtype: DType,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+    kept: DecoderWeights | None = None,
 ) -> DecoderWeights:
-    """Read the shard in the given type onto the device.
+    """The shard in the given type on the device: what `keep` kept for it, and the rest read.
 
     Raises ModelError for a tensor that is missing, misshapen, of an unknown type or cut off by the end of its file.
     """
-    with _Reader(checkpoint, shard, TORCH_DTYPES[dtype], device, progress) as reader:
-        return _Assembler(checkpoint, shard, reader).weights()
+    kept = kept or no_weights(checkpoint.spec)
+    with _Reader(checkpoint, missing(checkpoint, shard, kept), TORCH_DTYPES[dtype], device, progress) as reader:
+        return _Assembler(checkpoint, shard, reader, kept).weights()
 
 
 class _Assembler:
-    """Which slices make which weight."""
+    """Which slices make which weight, if it is not kept."""
 
-    def __init__(self, checkpoint: Checkpoint, shard: Shard, reader: _Reader) -> None:
+    def __init__(self, checkpoint: Checkpoint, shard: Shard, reader: _Reader, kept: DecoderWeights) -> None:
         self._spec = checkpoint.spec
         self._shard = shard
         self._read = reader
+        self._kept = kept
 
     def weights(self) -> DecoderWeights:
-        spec, shard, read = self._spec, self._shard, self._read
+        spec, shard, read, kept = self._spec, self._shard, self._read, self._kept
         width, vocab = spec.hidden_size, spec.vocab_size
-        embed = read.table("embed.weight", (vocab, width)) if shard.embed else None
-        positions = None
-        if shard.embed and isinstance(spec.positions, LearnedPositions):
+        embed, positions, norm, head = kept.embed, kept.positions, kept.norm, kept.head
+        if shard.embed and embed is None:
+            embed = read.table("embed.weight", (vocab, width))
+        if shard.embed and positions is None and isinstance(spec.positions, LearnedPositions):
             positions = read.table("positions.weight", (spec.positions.num_positions, width))
-        layers = {layer: self._layer(f"layers.{layer}.") for layer in shard.layers}
-        norm = self._norm("norm") if shard.head else None
-        head: Linear | None = None
-        if shard.head and spec.tied and embed is not None:
-            head = PlainLinear(embed, read.table("head.bias", (vocab,)) if spec.head_bias else None)
-        elif shard.head:
-            head = read.linear(("head",), (vocab,), width, bias=spec.head_bias)
-        return DecoderWeights(
-            embed=embed, positions=positions, layers=layers, norm=norm, head=head, num_bytes=read.num_bytes
-        )
+        layers = {
+            layer: kept.layers[layer] if layer in kept.layers else self._layer(f"layers.{layer}.")
+            for layer in shard.layers
+        }
+        if shard.head and norm is None:
+            norm = self._norm("norm")
+        if shard.head and head is None:
+            if spec.tied and embed is not None:
+                head = PlainLinear(embed, read.table("head.bias", (vocab,)) if spec.head_bias else None)
+            else:
+                head = read.linear(("head",), (vocab,), width, bias=spec.head_bias)
+        return DecoderWeights(embed=embed, positions=positions, layers=layers, norm=norm, head=head, tied=spec.tied)
 
     def _layer(self, prefix: str) -> LayerWeights:
         spec, read = self._spec, self._read
@@ -103,13 +148,13 @@ class _Reader:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        shard: Shard,
+        slices: Sequence[TensorSlice],
         dtype: torch.dtype,
         device: torch.device,
         progress: Callable[[int, int], None],
     ) -> None:
         self._checkpoint = checkpoint
-        self._slices: dict[str, TensorSlice] = {piece.target: piece for piece in checkpoint.slices(shard)}
+        self._slices = {piece.target: piece for piece in slices}
         self._dtype = dtype
         self._device = device
         self._progress = progress
@@ -117,8 +162,7 @@ class _Reader:
         self._staging = torch.empty(0, dtype=torch.uint8)
         self._scratch = torch.empty(0, dtype=dtype)
         self._bytes_done = 0
-        self._bytes_total = sum(piece.num_bytes for piece in self._slices.values())
-        self.num_bytes = 0  # of the weights made so far
+        self._bytes_total = sum(piece.num_bytes for piece in slices)
 
     def __enter__(self) -> _Reader:
         self._progress(0, self._bytes_total)
@@ -150,14 +194,12 @@ class _Reader:
             packed.append(pack_rows(weight))
             rows.append(stop - first)
         weight_bytes = num_outputs * row_bytes
-        self.num_bytes += weight_bytes
         bias_bytes = 0 if bias_N is None else bias_N.nbytes
         return PackedLinear(packed, rows, bias_N, weight_bytes + bias_bytes)
 
     def _stacked(self, targets: Sequence[str], sizes: Sequence[int], rest: tuple[int, ...]) -> Tensor:
         weight = torch.empty((sum(sizes), *rest), dtype=self._dtype)
         self._fill(weight, targets, sizes, 0)
-        self.num_bytes += weight.nbytes
         return weight.to(self._device)
 
     def _take_scratch(self, num_rows: int, num_inputs: int) -> Tensor:
