@@ -15,6 +15,7 @@ from tllm.core.types import DType
 
 DEFAULT_HTTP_PORT = 8022
 DEFAULT_GRPC_PORT = 25001
+DEFAULT_CLUSTER = "tllm"
 EMBEDDED_MODEL = "embedded"
 DEFAULT_BLOCK_SIZE = 64
 DEFAULT_MAX_BATCH_TOKENS = 512
@@ -25,9 +26,17 @@ class Deadlines:
     """Every wait that can hang, in seconds."""
 
     join_s: float = 10.0  # an agent's connection to the head
+    silence_s: float = 2.5  # without a sign of life from a peer or a worker, after which it is lost; shorter is nothing
+    heartbeat_s: float = 0.5  # between signs of life
+    hang_s: float = 300.0  # one step on a worker's compute thread, then it is killed
+    import_s: float = 60.0  # silence of a worker that loads: importing a framework holds up its event loop
+    rejoin_s: float = 60.0  # that workers keep their weights after the head was lost, and the head a node after it
+    measure_s: float = 30.0  # a node's speed, then it is planned without
     load_s: float = 1800.0  # a shard from disk to memory
-    start_s: float = 60.0  # KV memory and the connection to the next stage
+    start_s: float = 60.0  # KV memory and the connections of all stages
+    connect_s: float = 3.0  # one connection to a neighbour that is known to listen
     stop_s: float = 5.0  # a worker asked to stop, then killed
+    patience_s: float = 1.5  # for a node that may be back in a moment, before requests end for the lack of it
     retry_s: float = 10.0  # between attempts to serve again with the nodes there are
     drain_s: float = 30.0  # requests still running when the service stops
 
@@ -70,6 +79,9 @@ class NodeConfig:
     device: str = "cpu"
     num_workers: int = 1
     pin: bool = False  # every worker to processors of its own
+    listen_host: str | None = None  # None: the interface that faces the head
+    advertised_host: str | None = None  # what other machines call it, where that differs: behind a forwarding router
+    ports: range | None = None  # of the agent and its workers, for a firewall's rule; None: any free ones
 
     def __post_init__(self) -> None:
         if self.device.startswith("cuda") and self.memory_bytes is None:
@@ -90,20 +102,28 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = DEFAULT_HTTP_PORT  # 0: any free one
     grpc_port: int = DEFAULT_GRPC_PORT  # 0: any free one
+    cluster: str = DEFAULT_CLUSTER
     api_key: str | None = None
+    insecure: bool = False  # HTTP beyond this machine without a key
     model: ModelConfig = field(default_factory=ModelConfig)
     local_node: NodeConfig | None = field(default_factory=NodeConfig)  # None: the head computes nothing itself
     num_nodes: int | None = None  # None: its own node, or one other
+    use_all: bool = False  # every node gets a part, also where that is slower
+    streams: int = 1  # that the plan is to be best for, decoded at once
     deadlines: Deadlines = field(default_factory=Deadlines)
 
     def __post_init__(self) -> None:
-        if not is_loopback(self.host) and not self.api_key:
+        if not is_loopback(self.host) and not self.api_key and not self.insecure:
             raise ConfigError(
                 f"--host {self.host} can be reached from other machines, and there is no --api-key. "
-                "Set one (or TLLM_API_KEY), or serve on 127.0.0.1."
+                "Set one (or TLLM_API_KEY), serve on 127.0.0.1, or say --insecure to let everybody ask."
             )
+        if self.api_key and self.insecure:
+            raise ConfigError("--insecure would have no effect beside --api-key. Leave out one or the other.")
         if self.num_nodes is not None and self.num_nodes < 1:
             raise ConfigError(f"--nodes is {self.num_nodes}; it must be at least 1.")
+        if self.streams < 1:
+            raise ConfigError(f"--streams is {self.streams}; it must be at least 1.")
 
 
 def is_loopback(host: str) -> bool:
@@ -113,6 +133,14 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
+        return False
+
+
+def is_unspecified(host: str) -> bool:
+    """Whether the address means every interface of a machine."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:  # a name
         return False
 
 

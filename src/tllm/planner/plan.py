@@ -1,7 +1,7 @@
 """A plan: which node holds which stage. The stages cover every layer once, in order; the first embeds, the last has
-the head.
+the head. With it come a prediction of how fast it is, and the plans that lost against it.
 
-This file does not know how a plan is found or carried out.
+This file does not know how a plan is found, predicted or carried out.
 """
 
 from __future__ import annotations
@@ -25,12 +25,45 @@ class StagePlan:
     kv_bytes_per_position: int  # of all its layers
 
 
+def format_rate(per_s: float) -> str:
+    """Three significant digits, or all before the point: `14.2`, `1620`."""
+    return f"{per_s:.3g}" if per_s < 999.5 else f"{per_s:.0f}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """How fast a plan is under a load, and what keeps it from being faster.
+
+    `stage_s` and `hop_s` are of one decode step as it is under that load: a hop into every stage, the first from the
+    head, and one from the last stage home.
+    """
+
+    ttft_s: float  # of one prompt while nothing else runs
+    tpot_s: float  # between two tokens of one stream, while all streams decode
+    tokens_per_s: float  # of all streams together
+    bound: str  # "reading weights on A", "the link A -> B", ...
+    stage_s: tuple[float, ...]
+    hop_s: tuple[float, ...]  # one more than stages
+    note: str = ""  # what was assumed instead of measured; may be empty
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """A plan that was not chosen."""
+
+    description: str
+    prediction: Prediction | None  # None: it does not fit
+    why: str  # it lost
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Stages in the order in which hidden states pass them."""
 
     stages: tuple[StagePlan, ...]
     dropped: tuple[str, ...] = ()  # a line for every node that is not used, with the reason
+    prediction: Prediction | None = None  # None: a node that is used has no measured speed
+    alternatives: tuple[Alternative, ...] = ()  # best first
 
     def __post_init__(self) -> None:
         shards = [stage.shard for stage in self.stages]

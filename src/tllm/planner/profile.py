@@ -7,6 +7,53 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tllm.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Seconds that one worker's engine takes for a model's parts, measured at several numbers of rows in a step.
+
+    `rows` is ascending and starts with 1; `layer_s[i]` is one layer for `rows[i]` rows, `head_s[i]` the final norm,
+    the projection and the sampling of `rows[i]` rows, `step_s` what every step costs a stage whatever is in it.
+    """
+
+    rows: tuple[int, ...]
+    layer_s: tuple[float, ...]
+    head_s: tuple[float, ...]
+    step_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkProfile:
+    """What it takes to get from one node to another, measured through the transport that steps use.
+
+    A message of n bytes takes `rtt_s / 2 + n / bytes_per_s` seconds. `HEAD` stands for the head itself.
+    """
+
+    source: str  # node id
+    target: str
+    rtt_s: float
+    bytes_per_s: float
+
+
+HEAD = "head"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a plan is to be best for. One stream: the time of its tokens; several: tokens of all together."""
+
+    streams: int = 1  # sequences decoded at once
+    prompt: int = 512  # tokens of a typical prompt
+    answer: int = 128  # and of its answer
+    max_batch_tokens: int = 512  # of one step; a longer prompt is cut into chunks of so many
+
+    def __post_init__(self) -> None:
+        for name in ("streams", "prompt", "answer", "max_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} of a load is {getattr(self, name)}; it must be at least 1.")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeProfile:
@@ -21,6 +68,7 @@ class NodeProfile:
     device: str = "cpu"
     platform: str = ""
     num_workers: int = 1  # stages it is to be cut into
+    speed: Speed | None = None  # of each of its workers, for the model to be placed; None: not measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +86,7 @@ class ModelProfile:
     head_bytes: int
     tied: bool
     kv_bytes_per_position: int  # of one layer
+    hidden_bytes: int = 0  # of one row of hidden states; 0: not known, and then neither links nor activations count it
 
     @property
     def num_layers(self) -> int:
