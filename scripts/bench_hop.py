@@ -4,7 +4,8 @@
     this process ── StepFrame ─▶ echo process         one way: the echo's clock on arrival minus the clock in the frame
                  ◀─ StepFrame ──                      (CLOCK_MONOTONIC, which the processes of one machine share)
 
-Half of the round trip is printed beside it. Times are those of an idle pipeline: one frame is under way at a time.
+Half of the round trip is printed beside it. Over TCP both ends speak TLS, as between machines. Times are those of an
+idle pipeline: one frame is under way at a time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Coroutine
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from tllm.core.types import (
@@ -36,6 +38,7 @@ from tllm.core.types import (
     StepId,
     TokenId,
 )
+from tllm.testing.identities import members
 from tllm.transport import rpc
 from tllm.transport.base import FrameLimits, StepFrame
 
@@ -75,12 +78,14 @@ def frame(num_bytes: int) -> StepFrame:
     )
 
 
-async def echo(listen: str, answer: str) -> None:
+async def echo(listen: str, answer: str, directory: str) -> None:
     """Send every frame back, with the time it took to come here."""
-    server = rpc.StageServer()
+    stage = rpc.StageServer()
+    (identity,) = members(Path(directory), "there")
+    server = rpc.Server([stage], identity=identity)
     await server.start([listen])
-    inbox = server.expect(LIMITS)
-    link = await rpc.connect([answer], LIMITS, timeout_s=TIMEOUT_S)
+    inbox = stage.expect(LIMITS)
+    link = await rpc.connect([answer], LIMITS, identity=identity, peer="here", timeout_s=TIMEOUT_S)
     async for message in inbox:
         assert isinstance(message, StepFrame)
         one_way_s = time.monotonic() - message.timings[0].wait_s
@@ -89,12 +94,16 @@ async def echo(listen: str, answer: str) -> None:
     await server.aclose()
 
 
-async def measure(listen: str, peer: str, num_frames: int) -> dict[int, tuple[list[float], list[float]]]:
+async def measure(
+    listen: str, peer: str, directory: str, num_frames: int
+) -> dict[int, tuple[list[float], list[float]]]:
     """For every size, one-way times and halves of round trips in seconds."""
-    server = rpc.StageServer()
+    stage = rpc.StageServer()
+    (identity,) = members(Path(directory), "here")
+    server = rpc.Server([stage], identity=identity)
     await server.start([listen])
-    inbox = server.expect(LIMITS)
-    link = await rpc.connect([peer], LIMITS, timeout_s=TIMEOUT_S)
+    inbox = stage.expect(LIMITS)
+    link = await rpc.connect([peer], LIMITS, identity=identity, peer="there", timeout_s=TIMEOUT_S)
     figures = {}
     for num_bytes in SIZES:
         message, one_ways, halves = frame(num_bytes), [], []
@@ -135,7 +144,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=500, help="frames of every size and run")
     parser.add_argument("--runs", type=int, default=5, help="runs; the one with the best median is printed")
     parser.add_argument("--loop", choices=("asyncio", "uvloop"), default="asyncio")
-    parser.add_argument("--echo", nargs=2, metavar=("LISTEN", "ANSWER"), help=argparse.SUPPRESS)
+    parser.add_argument("--echo", nargs=3, metavar=("LISTEN", "ANSWER", "DIRECTORY"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.echo:
         run(echo(*arguments.echo), arguments.loop)
@@ -150,9 +159,11 @@ def main() -> None:
                     here, there = f"unix:{directory}/here", f"unix:{directory}/there"
                 else:
                     here, there = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
-                child = subprocess.Popen([sys.executable, __file__, "--loop", arguments.loop, "--echo", there, here])
+                child = subprocess.Popen(
+                    [sys.executable, __file__, "--loop", arguments.loop, "--echo", there, here, directory]
+                )
                 try:
-                    figures = run(measure(here, there, arguments.frames), arguments.loop)
+                    figures = run(measure(here, there, directory, arguments.frames), arguments.loop)
                     child.wait(TIMEOUT_S)
                 finally:
                     child.kill()

@@ -24,6 +24,7 @@ from tllm.core.types import (
     StepResult,
     TokenId,
 )
+from tllm.testing.identities import members
 from tllm.transport import rpc
 from tllm.transport.base import FrameLimits, Link, StageMessage, StepFrame
 from tllm.transport.local import local_link
@@ -45,11 +46,13 @@ async def local(_directory: Path) -> AsyncIterator[tuple[Link, Inbox]]:
 
 
 @asynccontextmanager
-async def over_grpc(address: str) -> AsyncIterator[tuple[Link, Inbox]]:
-    server = rpc.StageServer(capacity=CAPACITY)
+async def over_grpc(directory: Path, address: str) -> AsyncIterator[tuple[Link, Inbox]]:
+    here, there = members(directory / "cluster", "n-here", "n-there")
+    stage = rpc.StageServer(capacity=CAPACITY)
+    server = rpc.Server([stage], identity=there)
     bound = await server.start([address])
-    inbox = server.expect(LIMITS)
-    link = await rpc.connect(bound, LIMITS, timeout_s=DEADLINE_S, close_timeout_s=1.0)
+    inbox = stage.expect(LIMITS, sender="n-here")
+    link = await rpc.connect(bound, LIMITS, identity=here, peer="n-there", timeout_s=DEADLINE_S, close_timeout_s=1.0)
     try:
         yield link, inbox
     finally:
@@ -60,8 +63,8 @@ async def over_grpc(address: str) -> AsyncIterator[tuple[Link, Inbox]]:
 
 LINKS: dict[str, Callable[[Path], AbstractAsyncContextManager[tuple[Link, Inbox]]]] = {
     "local": local,
-    "unix": lambda directory: over_grpc(f"unix:{directory}/stage.sock"),
-    "tcp": lambda _directory: over_grpc("127.0.0.1:0"),
+    "unix": lambda directory: over_grpc(directory, f"unix:{directory}/stage.sock"),
+    "tcp": lambda directory: over_grpc(directory, "127.0.0.1:0"),
 }
 
 

@@ -13,27 +13,29 @@ import grpc.aio
 import pytest
 
 from tllm.core.errors import FrameError, TransportError
+from tllm.testing.identities import members
 from tllm.transport import rpc
 from tllm.transport import wire_pb2 as pb
-from tllm.transport.channels import Liveness
+from tllm.transport.channels import Caller, Liveness
 
 DEADLINE_S = 10.0
-ATTACH = pb.Attach(protocol=rpc.PROTOCOL, token="secret", profile=pb.NodeProfile(name="desk"))
+NODE = "n-00000001"
+ATTACH = pb.Attach(protocol=rpc.PROTOCOL, node_id=NODE, version="1", profile=pb.NodeProfile(name="desk"))
 pytestmark = pytest.mark.timeout(30)
 
 
 class Head:
-    """Welcomes everybody but those with a wrong token, repeats what they say, and keeps how they left."""
+    """Welcomes everybody of the right version, repeats what they say, and keeps how they left."""
 
     def __init__(self) -> None:
         self.peers: asyncio.Queue[rpc.ControlPeer] = asyncio.Queue()
         self.endings: asyncio.Queue[str] = asyncio.Queue()
 
     async def serve(self, peer: rpc.ControlPeer, attach: pb.Attach) -> None:
-        if attach.token != "secret":
-            await peer.send(pb.HeadMessage(refused=pb.Refused(reason="the token is wrong")))
+        if attach.version != "1":
+            await peer.send(pb.HeadMessage(refused=pb.Refused(reason="the version is wrong")))
             return
-        await peer.send(pb.HeadMessage(welcome=pb.Welcome(node_id=f"node of {attach.profile.name}")))
+        await peer.send(pb.HeadMessage(welcome=pb.Welcome(cluster=f"the cluster of {attach.profile.name}")))
         await self.peers.put(peer)
         try:
             async for message in peer:
@@ -45,6 +47,15 @@ class Head:
             await self.endings.put("left")
 
 
+IDENTITIES: dict[str, rpc.Identity] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def identities(tmp_path_factory: pytest.TempPathFactory) -> None:
+    directory = tmp_path_factory.mktemp("cluster")
+    IDENTITIES.update({identity.name: identity for identity in members(directory, "head", NODE)})
+
+
 @pytest.fixture
 def head() -> Head:
     return Head()
@@ -52,7 +63,7 @@ def head() -> Head:
 
 @pytest.fixture
 async def address(head: Head) -> AsyncIterator[str]:
-    server = rpc.ControlServer(head.serve)
+    server = serving(head)
     (bound,) = await server.start(["127.0.0.1:0"])
     yield bound
     await server.aclose()
@@ -67,12 +78,21 @@ async def within(waiting: Awaitable[Any]) -> Any:
 
 
 async def attach(address: str, message: pb.Attach = ATTACH) -> rpc.ControlStream:
-    return await rpc.attach(address, message, timeout_s=DEADLINE_S)
+    return await rpc.attach(address, message, identity=IDENTITIES[NODE], timeout_s=DEADLINE_S)
+
+
+def raw_channel(address: str) -> grpc.aio.Channel:
+    """For a member that says what it likes."""
+    return Caller(identity=IDENTITIES[NODE], peer="head").channel(address, ())
+
+
+def serving(head: Head) -> rpc.Server:
+    return rpc.Server([rpc.ControlServer(head.serve)], identity=IDENTITIES["head"])
 
 
 async def test_an_agent_is_welcomed_and_messages_pass_both_ways_in_order(head: Head, address: str) -> None:
     stream = await attach(address)
-    assert stream.welcome.node_id == "node of desk"
+    assert stream.welcome.cluster == "the cluster of desk"
     names = [f"w{number}" for number in range(300)]
     received = []
 
@@ -92,7 +112,7 @@ async def test_an_agent_is_welcomed_and_messages_pass_both_ways_in_order(head: H
 
 
 async def test_the_head_listens_on_a_unix_socket_and_on_tcp(head: Head, tmp_path: Path) -> None:
-    server = rpc.ControlServer(head.serve)
+    server = serving(head)
     bound = await server.start([f"unix:{tmp_path}/control.sock", "127.0.0.1:0"])
     for one in bound:
         await (await attach(one)).aclose()
@@ -101,17 +121,17 @@ async def test_the_head_listens_on_a_unix_socket_and_on_tcp(head: Head, tmp_path
 
 
 async def test_a_refusal_is_an_error_with_its_reason(address: str) -> None:
-    with pytest.raises(TransportError, match="the token is wrong"):
-        await attach(address, pb.Attach(token="guess"))
+    with pytest.raises(TransportError, match="the version is wrong"):
+        await attach(address, pb.Attach(node_id=NODE, version="2"))
 
 
 async def test_no_head_is_an_error_after_the_deadline(tmp_path: Path) -> None:
     with pytest.raises(TransportError, match=r"within 0\.2 s"):
-        await rpc.attach(f"unix:{tmp_path}/nobody.sock", ATTACH, timeout_s=0.2)
+        await rpc.attach(f"unix:{tmp_path}/nobody.sock", ATTACH, identity=None, timeout_s=0.2)
 
 
 async def test_an_agent_that_vanishes_is_an_error_at_the_head(head: Head, address: str) -> None:
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with raw_channel(address) as channel:
         call: Any = channel.stream_stream("/tllm.Control/Attach")()
         await call.write(pb.AgentMessage(attach=ATTACH).SerializeToString())
         await within(call.read())
@@ -123,7 +143,7 @@ async def test_an_agent_that_vanishes_is_an_error_at_the_head(head: Head, addres
 
 
 async def test_an_agent_that_only_stops_writing_is_an_error_at_the_head(head: Head, address: str) -> None:
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with raw_channel(address) as channel:
         call: Any = channel.stream_stream("/tllm.Control/Attach")()
         await call.write(pb.AgentMessage(attach=ATTACH).SerializeToString())
         await call.done_writing()
@@ -132,7 +152,7 @@ async def test_an_agent_that_only_stops_writing_is_an_error_at_the_head(head: He
 
 @pytest.mark.parametrize("message", [b"\xff\xff\xff", b""])
 async def test_nonsense_ends_the_stream_on_both_sides(head: Head, address: str, message: bytes) -> None:
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with raw_channel(address) as channel:
         call: Any = channel.stream_stream("/tllm.Control/Attach")()
         await call.write(pb.AgentMessage(attach=ATTACH).SerializeToString())
         await within(call.read())
@@ -143,7 +163,7 @@ async def test_nonsense_ends_the_stream_on_both_sides(head: Head, address: str, 
 
 @pytest.mark.parametrize("first", [b"\xff", b"", event("w1").SerializeToString()])
 async def test_a_stranger_never_reaches_the_head(head: Head, address: str, first: bytes) -> None:
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with raw_channel(address) as channel:
         call: Any = channel.stream_stream("/tllm.Control/Attach")()
         await call.write(first)
         assert await within(call.code()) is grpc.StatusCode.INVALID_ARGUMENT
@@ -159,21 +179,21 @@ async def test_a_message_above_a_megabyte_is_refused_and_the_stream_goes_on(head
     await stream.aclose()
 
 
-async def close_peer(head: Head, _server: rpc.ControlServer) -> None:
+async def close_peer(head: Head, _server: rpc.Server) -> None:
     peer = await head.peers.get()
     await peer.send(pb.HeadMessage(shutdown=pb.Shutdown(reason="the head stopped")))
     await peer.aclose()
 
 
-async def close_server(_head: Head, server: rpc.ControlServer) -> None:
+async def close_server(_head: Head, server: rpc.Server) -> None:
     await server.aclose()
 
 
 @pytest.mark.parametrize("close", [close_peer, close_server])
 async def test_a_head_that_closes_ends_the_agents_iteration_after_what_it_sent(
-    head: Head, close: Callable[[Head, rpc.ControlServer], Awaitable[None]]
+    head: Head, close: Callable[[Head, rpc.Server], Awaitable[None]]
 ) -> None:
-    server = rpc.ControlServer(head.serve)
+    server = serving(head)
     (address,) = await server.start(["127.0.0.1:0"])
     stream = await attach(address)
     await within(close(head, server))
@@ -209,7 +229,13 @@ async def test_a_head_that_falls_silent_is_noticed(head: Head) -> None:
     silent = await asyncio.start_server(_swallow, "127.0.0.1", 0)
     address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
     with pytest.raises(TransportError):
-        await rpc.attach(address, ATTACH, timeout_s=1.0, liveness=Liveness(ping_interval_s=0.2, ping_timeout_s=0.2))
+        await rpc.attach(
+            address,
+            ATTACH,
+            identity=IDENTITIES[NODE],
+            timeout_s=1.0,
+            liveness=Liveness(ping_interval_s=0.2, ping_timeout_s=0.2),
+        )
     silent.close()
 
 
@@ -221,7 +247,7 @@ async def _swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 
 async def test_closing_leaves_no_task_or_file(head: Head, tmp_path: Path) -> None:
     async def once(number: int) -> None:
-        server = rpc.ControlServer(head.serve)
+        server = serving(head)
         addresses = await server.start([f"unix:{tmp_path}/control.sock", "127.0.0.1:0"])
         stream = await attach(addresses[number % 2])
         await stream.send(event("w1"))

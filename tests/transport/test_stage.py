@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ import pytest
 
 from tllm.core.errors import FrameError, TransportError
 from tllm.core.types import Activation, BlockId, Chunk, DType, Epoch, SequenceId, Step, StepId, StepResult, TokenId
+from tllm.testing.identities import members
 from tllm.transport import rpc, wire
 from tllm.transport.base import FrameLimits, StepFrame
-from tllm.transport.channels import Liveness
+from tllm.transport.channels import Caller, Liveness
 
 LIMITS = FrameLimits(
     epoch=Epoch(3), hidden_size=8, dtype=DType.FLOAT32, max_tokens=16, max_chunks=8, max_blocks=4, vocab_size=100
@@ -31,20 +32,62 @@ DEADLINE_S = 10.0
 pytestmark = pytest.mark.timeout(30)
 
 
+class Cluster:
+    """Two neighbours: `there` listens and `here` sends."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.here, self.there = members(directory, "n-here", "n-there")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
+    return Cluster(tmp_path_factory.mktemp("cluster"))
+
+
+class Stage:
+    """A stage's service with a server of its own."""
+
+    def __init__(self, cluster: Cluster, liveness: Liveness | None = None) -> None:
+        self._service = rpc.StageServer()
+        self._server = rpc.Server([self._service], identity=cluster.there, liveness=liveness)
+        self.expect = self._service.expect
+        self.start = self._server.start
+        self.aclose = self._server.aclose
+
+
 @pytest.fixture
-async def server() -> AsyncIterator[rpc.StageServer]:
-    server = rpc.StageServer()
+async def server(cluster: Cluster) -> AsyncIterator[Stage]:
+    server = Stage(cluster)
     yield server
     await server.aclose()
 
 
-async def connect(address: str, limits: FrameLimits = LIMITS, timeout_s: float = DEADLINE_S) -> rpc.RpcLink:
-    return await rpc.connect([address], limits, timeout_s=timeout_s, close_timeout_s=1.0)
+@pytest.fixture
+def connect(cluster: Cluster) -> Connect:
+    async def connect(address: str, limits: FrameLimits = LIMITS, timeout_s: float = DEADLINE_S) -> rpc.RpcLink:
+        return await rpc.connect(
+            [address], limits, identity=cluster.here, peer="n-there", timeout_s=timeout_s, close_timeout_s=1.0
+        )
+
+    return connect
 
 
-async def raw_stream(address: str, *messages: bytes) -> grpc.aio.AioRpcError | None:
-    """What a stranger gets who sends these bytes and reads to the end."""
-    async with grpc.aio.insecure_channel(address) as channel:
+Connect = Callable[..., Coroutine[Any, Any, rpc.RpcLink]]
+RawStream = Callable[..., Coroutine[Any, Any, grpc.aio.AioRpcError | None]]
+
+
+@pytest.fixture
+def raw_stream(cluster: Cluster) -> RawStream:
+    async def raw_stream(address: str, *messages: bytes) -> grpc.aio.AioRpcError | None:
+        return await _raw_stream(Caller(identity=cluster.here, peer="n-there"), address, *messages)
+
+    return raw_stream
+
+
+async def _raw_stream(caller: Caller, address: str, *messages: bytes) -> grpc.aio.AioRpcError | None:
+    """What a member gets who sends these bytes and reads to the end."""
+    async with caller.channel(address, ()) as channel:
         call: Any = channel.stream_stream("/tllm.Stage/Stream")()
         try:
             for message in messages:
@@ -56,7 +99,7 @@ async def raw_stream(address: str, *messages: bytes) -> grpc.aio.AioRpcError | N
         return None
 
 
-async def test_one_server_listens_on_a_unix_socket_and_on_tcp(server: rpc.StageServer, tmp_path: Path) -> None:
+async def test_one_server_listens_on_a_unix_socket_and_on_tcp(server: Stage, tmp_path: Path, connect: Connect) -> None:
     unix, tcp = await server.start([f"unix:{tmp_path}/stage.sock", "127.0.0.1:0"])
     assert unix == f"unix:{tmp_path}/stage.sock"
     assert not tcp.endswith(":0")
@@ -69,22 +112,24 @@ async def test_one_server_listens_on_a_unix_socket_and_on_tcp(server: rpc.StageS
         await link.aclose()
 
 
-async def test_an_address_that_is_taken_is_refused_by_name(server: rpc.StageServer) -> None:
+async def test_an_address_that_is_taken_is_refused_by_name(server: Stage, cluster: Cluster) -> None:
     (taken,) = await server.start(["127.0.0.1:0"])
     with pytest.raises(TransportError, match=taken):
-        await rpc.StageServer().start([taken])
+        await Stage(cluster).start([taken])
 
 
-async def test_a_link_is_made_to_the_first_address_that_answers(server: rpc.StageServer, tmp_path: Path) -> None:
+async def test_a_link_is_made_to_the_first_address_that_answers(
+    server: Stage, tmp_path: Path, cluster: Cluster
+) -> None:
     unix, tcp = await server.start([f"unix:{tmp_path}/stage.sock", "127.0.0.1:0"])
     server.expect(LIMITS)
     addresses = [f"unix:{tmp_path}/nobody.sock", tcp, unix]
-    link = await rpc.connect(addresses, LIMITS, timeout_s=DEADLINE_S)
+    link = await rpc.connect(addresses, LIMITS, identity=cluster.here, peer="n-there", timeout_s=DEADLINE_S)
     assert link.address == tcp
     await link.aclose()
 
 
-async def test_a_server_that_starts_later_is_waited_for(server: rpc.StageServer, tmp_path: Path) -> None:
+async def test_a_server_that_starts_later_is_waited_for(server: Stage, tmp_path: Path, connect: Connect) -> None:
     address = f"unix:{tmp_path}/stage.sock"
     connecting = asyncio.create_task(connect(address))
     await asyncio.wait({connecting}, timeout=0.05)
@@ -94,7 +139,7 @@ async def test_a_server_that_starts_later_is_waited_for(server: rpc.StageServer,
     await (await connecting).aclose()
 
 
-async def test_nobody_there_is_an_error_after_the_deadline(tmp_path: Path) -> None:
+async def test_nobody_there_is_an_error_after_the_deadline(tmp_path: Path, connect: Connect) -> None:
     with pytest.raises(TransportError, match=r"nobody\.sock within 0\.2 s"):
         await connect(f"unix:{tmp_path}/nobody.sock", timeout_s=0.2)
 
@@ -109,7 +154,7 @@ async def test_nobody_there_is_an_error_after_the_deadline(tmp_path: Path) -> No
     ],
 )
 async def test_a_peer_that_was_told_otherwise_is_refused_with_the_difference(
-    server: rpc.StageServer, theirs: FrameLimits, reason: str
+    server: Stage, theirs: FrameLimits, reason: str, connect: Connect
 ) -> None:
     (address,) = await server.start(["127.0.0.1:0"])
     server.expect(LIMITS)
@@ -118,7 +163,9 @@ async def test_a_peer_that_was_told_otherwise_is_refused_with_the_difference(
     await (await connect(address)).aclose()  # and the place is still free
 
 
-async def test_another_protocol_is_refused(server: rpc.StageServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_another_protocol_is_refused(
+    server: Stage, monkeypatch: pytest.MonkeyPatch, raw_stream: RawStream
+) -> None:
     (address,) = await server.start(["127.0.0.1:0"])
     server.expect(LIMITS)
     hello = wire.encode_hello(LIMITS)
@@ -126,10 +173,10 @@ async def test_another_protocol_is_refused(server: rpc.StageServer, monkeypatch:
     error = await raw_stream(address, hello)
     assert error is not None
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "speaks protocol 1 and this side protocol 99" in (error.details() or "")
+    assert "speaks protocol 2 and this side protocol 99" in (error.details() or "")
 
 
-async def test_a_second_peer_is_refused_while_the_first_lives_and_after_it(server: rpc.StageServer) -> None:
+async def test_a_second_peer_is_refused_while_the_first_lives_and_after_it(server: Stage, connect: Connect) -> None:
     (address,) = await server.start(["127.0.0.1:0"])
     inbox = server.expect(LIMITS)
     first = await connect(address)
@@ -143,7 +190,7 @@ async def test_a_second_peer_is_refused_while_the_first_lives_and_after_it(serve
         await connect(address)
 
 
-async def test_a_new_epoch_ends_the_stream_of_the_old_one(server: rpc.StageServer) -> None:
+async def test_a_new_epoch_ends_the_stream_of_the_old_one(server: Stage, connect: Connect) -> None:
     (address,) = await server.start(["127.0.0.1:0"])
     old_inbox = server.expect(LIMITS)
     old = await connect(address)
@@ -161,7 +208,7 @@ async def test_a_new_epoch_ends_the_stream_of_the_old_one(server: rpc.StageServe
 
 
 @pytest.mark.parametrize("hello", [b"", b"\xff\xff", b"GET / HTTP/1.1\r\n"])
-async def test_a_stranger_is_refused(server: rpc.StageServer, hello: bytes) -> None:
+async def test_a_stranger_is_refused(server: Stage, hello: bytes, raw_stream: RawStream) -> None:
     (address,) = await server.start(["127.0.0.1:0"])
     server.expect(LIMITS)
     error = await raw_stream(address, hello)
@@ -169,7 +216,7 @@ async def test_a_stranger_is_refused(server: rpc.StageServer, hello: bytes) -> N
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_a_frame_that_is_nonsense_ends_the_stream_on_both_sides(server: rpc.StageServer) -> None:
+async def test_a_frame_that_is_nonsense_ends_the_stream_on_both_sides(server: Stage, raw_stream: RawStream) -> None:
     (address,) = await server.start(["127.0.0.1:0"])
     inbox = server.expect(LIMITS)
     error = await raw_stream(address, wire.encode_hello(LIMITS), wire.encode(RESULT), b"nonsense")
@@ -189,7 +236,7 @@ async def test_a_frame_that_is_nonsense_ends_the_stream_on_both_sides(server: rp
     ],
 )
 async def test_a_frame_beyond_the_limits_is_refused_by_its_first_piece(
-    server: rpc.StageServer, num_body_bytes: int, num_metadata_bytes: int, epoch: int, reason: str
+    server: Stage, num_body_bytes: int, num_metadata_bytes: int, epoch: int, reason: str, raw_stream: RawStream
 ) -> None:
     (address,) = await server.start(["127.0.0.1:0"])
     inbox = server.expect(LIMITS)
@@ -202,7 +249,9 @@ async def test_a_frame_beyond_the_limits_is_refused_by_its_first_piece(
 
 
 @pytest.mark.parametrize("piece_bytes", [1, 1000, (256 << 10) - 1])
-async def test_a_frame_in_smaller_pieces_than_it_needs_is_refused(server: rpc.StageServer, piece_bytes: int) -> None:
+async def test_a_frame_in_smaller_pieces_than_it_needs_is_refused(
+    server: Stage, piece_bytes: int, raw_stream: RawStream
+) -> None:
     (address,) = await server.start(["127.0.0.1:0"])
     limits = replace(LIMITS, hidden_size=65536)
     inbox = server.expect(limits)
@@ -212,7 +261,7 @@ async def test_a_frame_in_smaller_pieces_than_it_needs_is_refused(server: rpc.St
         await anext(inbox)
 
 
-async def test_a_message_above_the_size_of_a_piece_never_reaches_python(server: rpc.StageServer) -> None:
+async def test_a_message_above_the_size_of_a_piece_never_reaches_python(server: Stage, raw_stream: RawStream) -> None:
     (address,) = await server.start(["127.0.0.1:0"])
     inbox = server.expect(LIMITS)
     error = await raw_stream(address, wire.encode_hello(LIMITS), bytes((256 << 10) + 1))
@@ -228,11 +277,15 @@ from tllm.core.types import DType, Epoch, StepId, StepResult
 from tllm.transport import rpc
 from tllm.transport.base import FrameLimits
 
+from pathlib import Path
+from tllm.testing.identities import members
+
+(identity,) = members(Path(sys.argv[2]), "n-here")
 names = ("epoch", "hidden_size", "max_tokens", "max_chunks", "max_blocks", "vocab_size")
-limits = FrameLimits(dtype=DType.FLOAT32, **dict(zip(names, map(int, sys.argv[2:]))))
+limits = FrameLimits(dtype=DType.FLOAT32, **dict(zip(names, map(int, sys.argv[3:]))))
 
 async def main():
-    link = await rpc.connect([sys.argv[1]], limits, timeout_s=10)
+    link = await rpc.connect([sys.argv[1]], limits, identity=identity, peer="n-there", timeout_s=10)
     await link.send(StepResult(step=StepId(1), epoch=limits.epoch))
     await asyncio.Event().wait()
 
@@ -240,12 +293,12 @@ asyncio.run(main())
 """
 
 
-async def test_a_killed_sender_is_an_error_at_once(server: rpc.StageServer) -> None:
+async def test_a_killed_sender_is_an_error_at_once(server: Stage, cluster: Cluster) -> None:
     (address,) = await server.start(["127.0.0.1:0"])
     inbox = server.expect(LIMITS)
     numbers = (LIMITS.epoch, LIMITS.hidden_size, LIMITS.max_tokens, LIMITS.max_chunks, LIMITS.max_blocks)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", SENDER, address, *map(str, (*numbers, LIMITS.vocab_size))
+        sys.executable, "-c", SENDER, address, str(cluster.directory), *map(str, (*numbers, LIMITS.vocab_size))
     )
     try:
         assert await anext(inbox) == RESULT
@@ -298,14 +351,20 @@ class Relay:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def test_a_peer_behind_a_pulled_cable_is_noticed_on_both_sides() -> None:
+async def test_a_peer_behind_a_pulled_cable_is_noticed_on_both_sides(cluster: Cluster) -> None:
     liveness = Liveness(ping_interval_s=0.3, ping_timeout_s=0.3)
-    server = rpc.StageServer(liveness=liveness)
+    server = Stage(cluster, liveness)
     (address,) = await server.start(["127.0.0.1:0"])
     relay = Relay(address)
     inbox = server.expect(LIMITS)
     link = await rpc.connect(
-        [await relay.start()], LIMITS, timeout_s=DEADLINE_S, close_timeout_s=0.5, liveness=liveness
+        [await relay.start()],
+        LIMITS,
+        identity=cluster.here,
+        peer="n-there",
+        timeout_s=DEADLINE_S,
+        close_timeout_s=0.5,
+        liveness=liveness,
     )
     await link.send(RESULT)
     assert await anext(inbox) == RESULT
@@ -321,7 +380,7 @@ async def test_a_peer_behind_a_pulled_cable_is_noticed_on_both_sides() -> None:
     await relay.aclose()
 
 
-async def test_a_send_that_was_cut_off_breaks_the_link(server: rpc.StageServer) -> None:
+async def test_a_send_that_was_cut_off_breaks_the_link(server: Stage, connect: Connect) -> None:
     (address,) = await server.start(["127.0.0.1:0"])
     server.expect(replace(LIMITS, hidden_size=65536))
     limits = replace(LIMITS, hidden_size=65536)
@@ -343,9 +402,9 @@ async def _flood(link: rpc.RpcLink) -> None:
         await link.send(frame)
 
 
-async def test_closing_leaves_no_task_file_or_thread(tmp_path: Path) -> None:
+async def test_closing_leaves_no_task_file_or_thread(tmp_path: Path, connect: Connect, cluster: Cluster) -> None:
     async def once(number: int) -> None:
-        server = rpc.StageServer()
+        server = Stage(cluster)
         addresses = await server.start([f"unix:{tmp_path}/stage.sock", "127.0.0.1:0"])
         inbox = server.expect(replace(LIMITS, epoch=Epoch(number)))
         link = await connect(addresses[number % 2], replace(LIMITS, epoch=Epoch(number)))
@@ -378,6 +437,6 @@ def test_the_library_without_a_stream_needs_no_grpc() -> None:
     assert output.stdout.strip() == "False"
 
 
-async def test_an_address_that_is_not_ours_cannot_be_listened_on() -> None:
+async def test_an_address_that_is_not_ours_cannot_be_listened_on(cluster: Cluster) -> None:
     with pytest.raises(TransportError, match=r"192\.0\.2\.1"):
-        await rpc.StageServer().start(["192.0.2.1:0"])
+        await Stage(cluster).start(["192.0.2.1:0"])

@@ -16,30 +16,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
-from tllm.core.errors import FrameError, TransportError
+from tllm.core.errors import FrameError, RefusedError, TransportError
 from tllm.transport import wire_pb2 as pb
 from tllm.transport.channels import (
     STREAM_ERRORS,
+    Caller,
+    Failures,
     Liveness,
     deadline,
     first_ready,
     grpc_options,
-    listen,
     reason,
-    remove_sockets,
 )
 from tllm.transport.mailbox import Mailbox
+from tllm.transport.peers import Peer, peer_of, refuse
+from tllm.transport.trust import HEAD_NAME, Identity
 
 if TYPE_CHECKING:  # generic in the stubs alone
     Context = grpc.aio.ServicerContext[bytes, bytes]
     Call = grpc.aio.StreamStreamCall[bytes, bytes]
+    Handler = grpc.RpcMethodHandler[bytes, bytes]
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +51,7 @@ _OUTGOING = 64  # messages that wait to be written
 _INCOMING = 64  # messages that wait to be read by this side
 _ATTACH_S = 10.0  # from the opening of a stream to its Attach
 _FLUSH_S = 5.0  # for what was sent last to leave when a stream ends
-_STOP_S = 2.0  # for streams to end with a reason when the server closes
-_MAX_PEERS = 1024
+_MAX_PEERS = 512
 
 M = TypeVar("M", pb.AgentMessage, pb.HeadMessage)
 
@@ -58,10 +60,14 @@ class ControlPeer:
     """The head's end of one agent's stream: iterate what the agent says after its Attach.
 
     The iteration ends when the agent left in order or this side closed, and raises TransportError when it was lost.
+    `name` is the one in its certificate, and `token_id` names the join token by which it got that; both are empty over
+    a Unix socket, where the agent is this machine's user.
     """
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self, peer: Peer) -> None:
+        self.address = peer.address
+        self.name = peer.name
+        self.token_id = peer.token_id
         self._incoming: Mailbox[pb.AgentMessage] = Mailbox(_INCOMING)
         self._outgoing: Mailbox[bytes] = Mailbox(_OUTGOING)
 
@@ -88,7 +94,7 @@ class ControlPeer:
             self._outgoing.finish()
             await asyncio.wait({writing}, timeout=_FLUSH_S)
             if isinstance(error := reading.exception() if reading.done() else None, FrameError):
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
             using.result()
         finally:  # gRPC cancels this when the agent is gone
             self._lose("the agent is gone")
@@ -128,42 +134,43 @@ class ControlPeer:
 
 
 class ControlServer:
-    """Where agents attach. `on_attach(peer, attach)` runs once per agent; when it returns, the stream ends in order."""
+    """The service where agents attach; a `Server` hosts it. `on_attach(peer, attach)` runs once per agent; when it
+    returns, the stream ends in order."""
 
-    def __init__(
-        self, on_attach: Callable[[ControlPeer, pb.Attach], Awaitable[None]], *, liveness: Liveness | None = None
-    ) -> None:
+    name = "tllm.Control"
+    max_message_bytes = MAX_MESSAGE_BYTES
+
+    def __init__(self, on_attach: Callable[[ControlPeer, pb.Attach], Awaitable[None]]) -> None:
         self._on_attach = on_attach
-        self._liveness = liveness or Liveness()
-        self._server: grpc.aio.Server | None = None
-        self._addresses: tuple[str, ...] = ()
         self._peers: set[ControlPeer] = set()
+        self._num_open = 0
+        self._closed = False
 
-    async def start(self, addresses: Sequence[str]) -> tuple[str, ...]:
-        """Listen on `unix:/path` and `host:port` addresses; returns them with real ports. Once.
-
-        Raises TransportError when one cannot be had; nothing listens then.
-        """
-        assert self._server is None
-        server = grpc.aio.server(options=_options(self._liveness), maximum_concurrent_rpcs=_MAX_PEERS)
-        handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
-            "Attach": grpc.stream_stream_rpc_method_handler(self._attach)
-        }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("tllm.Control", handlers),))
-        self._addresses = await listen(server, addresses)
-        self._server = server
-        return self._addresses
+    def handlers(self) -> Mapping[str, Handler]:
+        return {"Attach": grpc.stream_stream_rpc_method_handler(self._attach)}
 
     async def aclose(self) -> None:
-        """Stop listening and end every stream in order, within a deadline. Idempotent."""
+        """End every stream in order, and take no more. Idempotent."""
+        self._closed = True
         for peer in list(self._peers):
             await peer.aclose()
-        if self._server is not None:
-            server, self._server = self._server, None
-            await server.stop(_STOP_S)
-            remove_sockets(self._addresses)
 
     async def _attach(self, _requests: AsyncIterator[bytes], context: Context) -> None:
+        if self._num_open >= _MAX_PEERS:
+            await refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_MAX_PEERS} agents are here already")
+        self._num_open += 1
+        try:
+            peer, attach = await self._greet(context)
+            self._peers.add(peer)
+            try:
+                await peer.serve(context, self._on_attach(peer, attach))
+            finally:
+                self._peers.discard(peer)
+        finally:
+            self._num_open -= 1
+
+    async def _greet(self, context: Context) -> tuple[ControlPeer, pb.Attach]:
+        """Every refusal ends the stream with its reason."""
         try:
             async with asyncio.timeout(_ATTACH_S):
                 data = await context.read()
@@ -171,15 +178,16 @@ class ControlServer:
             if first.WhichOneof("message") != "attach":
                 raise FrameError("the first message is not an Attach")
         except FrameError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no Attach came")
-        peer = ControlPeer(context.peer())
-        self._peers.add(peer)
-        try:
-            await peer.serve(context, self._on_attach(peer, first.attach))
-        finally:
-            self._peers.discard(peer)
+            await refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, "no Attach came")
+        if self._closed:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the head is closing")
+        peer = ControlPeer(peer_of(context))
+        if peer.name and first.attach.node_id != peer.name:
+            why = f"the certificate is {peer.name}'s, and the Attach is {first.attach.node_id[:64]!r}'s"
+            await refuse(context, grpc.StatusCode.PERMISSION_DENIED, why)
+        return peer, first.attach
 
 
 class ControlStream:
@@ -257,14 +265,21 @@ class ControlStream:
 
 
 async def attach(
-    address: str, attach: pb.Attach, *, timeout_s: float, liveness: Liveness | None = None
+    address: str,
+    attach: pb.Attach,
+    *,
+    identity: Identity | None,
+    timeout_s: float,
+    liveness: Liveness | None = None,
 ) -> ControlStream:
-    """Attach to the head at `address`, which said Welcome.
+    """Attach to the head at `address`, which said Welcome. On the network `identity` is shown to it, and it must be
+    the head of that cluster; a Unix socket needs none.
 
-    Raises TransportError when nobody answers within `timeout_s`, and at once, with its reason, when the head refuses.
+    Raises TransportError when nobody answers within `timeout_s`, and RefusedError at once when the head refuses.
     """
-    async with deadline(timeout_s, f"no head answered at {address}"):
-        channel, _ = await first_ready([address], _options(liveness or Liveness()))
+    caller, failures = Caller(identity=identity, peer=HEAD_NAME), Failures()
+    async with deadline(timeout_s, f"no head answered at {address}", failures):
+        channel, _ = await first_ready([address], _options(liveness or Liveness()), caller, failures)
         try:
             call: Call = channel.stream_stream("/tllm.Control/Attach")()
             await call.write(_encode(pb.AgentMessage(attach=attach)))
@@ -274,7 +289,9 @@ async def attach(
                 case "welcome":
                     return ControlStream(channel, call, address, answer.welcome)
                 case "refused":
-                    raise TransportError(f"The head at {address} refused: {answer.refused.reason}")
+                    raise RefusedError(
+                        f"The head at {address} refused: {answer.refused.reason}", again=answer.refused.again
+                    )
                 case _:
                     raise FrameError(f"{address} answered with neither Welcome nor Refused")
         except BaseException as error:
@@ -303,6 +320,8 @@ def _encode(message: Message) -> bytes:
 
 
 def _decode(data: bytes, kind: type[M]) -> M:
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise FrameError(f"a control message of {len(data)} bytes, where at most {MAX_MESSAGE_BYTES} are allowed")
     try:
         message = kind.FromString(data)
     except DecodeError as error:

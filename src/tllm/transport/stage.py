@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -29,19 +29,22 @@ from tllm.transport import wire_pb2 as pb
 from tllm.transport.base import FrameLimits, StageMessage
 from tllm.transport.channels import (
     STREAM_ERRORS,
+    Caller,
+    Failures,
     Liveness,
     deadline,
     first_ready,
     grpc_options,
-    listen,
     reason,
-    remove_sockets,
 )
 from tllm.transport.checks import check
 from tllm.transport.mailbox import Inbox
+from tllm.transport.peers import peer_of, refuse
+from tllm.transport.trust import Identity
 
 if TYPE_CHECKING:  # generic in the stubs alone
     Context = grpc.aio.ServicerContext[bytes, bytes]
+    Handler = grpc.RpcMethodHandler[bytes, bytes]
     Call = grpc.aio.StreamStreamCall[bytes, bytes]
 
 log = logging.getLogger(__name__)
@@ -50,65 +53,63 @@ log = logging.getLogger(__name__)
 # rest, and what is on its way at a time is little enough for a slow network to carry a ping's answer in time.
 _PIECE_BYTES = 256 << 10
 _MAX_FLOW_BYTES = 65536  # of a message from the receiver to the sender
+_MAX_HELLO_BYTES = 4096
 _HELLO_S = 10.0  # from the opening of a stream to its Hello
 _EPOCH_S = 60.0  # that a peer which was told of an epoch earlier than we may wait for us
 _WRITE_FAILED = "Internal error from Core"  # gRPC's words for a write that found the stream ended
-_STOP_S = 1.0  # for streams to end with a reason when a server closes
-_MAX_PEERS = 64  # streams at a time, refused and waiting ones included
+_MAX_OPEN = 64  # streams at a time, refused and waiting ones included
 
 
 class StageServer:
-    """Where frames from the stage before arrive.
+    """The service where frames from the stage before arrive; a `Server` hosts it.
 
     `capacity` is how many decoded messages wait in an inbox.
     """
 
-    def __init__(self, *, capacity: int = 8, liveness: Liveness | None = None) -> None:
+    name = "tllm.Stage"
+    max_message_bytes = _PIECE_BYTES
+
+    def __init__(self, *, capacity: int = 8) -> None:
         self._capacity = capacity
-        self._liveness = liveness or Liveness()
-        self._server: grpc.aio.Server | None = None
-        self._addresses: tuple[str, ...] = ()
         self._edge: _Edge | None = None
         self._edge_changed = asyncio.Event()
+        self._num_open = 0
+        self._closed = False
 
-    async def start(self, addresses: Sequence[str]) -> tuple[str, ...]:
-        """Listen on `unix:/path` and `host:port` addresses; returns them with real ports. Once.
+    def handlers(self) -> Mapping[str, Handler]:
+        return {"Stream": grpc.stream_stream_rpc_method_handler(self._stream)}
 
-        Raises TransportError when one cannot be had; nothing listens then.
-        """
-        assert self._server is None
-        options = grpc_options(max_send_bytes=_MAX_FLOW_BYTES, max_receive_bytes=_PIECE_BYTES, liveness=self._liveness)
-        server = grpc.aio.server(options=options, maximum_concurrent_rpcs=_MAX_PEERS)
-        # No (de)serialisers: bytes go straight to and from `wire`.
-        handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
-            "Stream": grpc.stream_stream_rpc_method_handler(self._stream)
-        }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("tllm.Stage", handlers),))
-        self._addresses = await listen(server, addresses)
-        self._server = server
-        return self._addresses
-
-    def expect(self, limits: FrameLimits) -> Inbox:
-        """Take the one stream of this epoch; it may have been waiting. The inbox of an earlier epoch is closed and
-        its stream ended."""
+    def expect(self, limits: FrameLimits, *, sender: str | None = None) -> Inbox:
+        """Take the one stream of this epoch; it may have been waiting. Over the network only the member named `sender`
+        may open it; None: any member. The inbox of an earlier epoch is closed and its stream ended."""
         if self._edge is not None:
             self._edge.inbox.close()
-        self._edge = _Edge(limits, Inbox(self._capacity))
-        self._edge_changed.set()
-        self._edge_changed = asyncio.Event()
+        self._edge = _Edge(limits, Inbox(self._capacity), sender)
+        self._tell()
         return self._edge.inbox
 
     async def aclose(self) -> None:
-        """Stop listening, end every stream, close the inbox. Idempotent."""
+        """End every stream and close the inbox. Idempotent."""
+        self._closed = True
         if self._edge is not None:
             self._edge.inbox.close()
-        if self._server is not None:
-            server, self._server = self._server, None
-            await server.stop(_STOP_S)
-            remove_sockets(self._addresses)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Those who wait for another epoch, or the end."""
+        self._edge_changed.set()
+        self._edge_changed = asyncio.Event()
 
     async def _stream(self, _requests: AsyncIterator[bytes], context: Context) -> None:
-        edge = await self._greet(context)
+        if self._num_open >= _MAX_OPEN:
+            await refuse(context, grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_MAX_OPEN} streams are open already")
+        self._num_open += 1
+        try:
+            await self._serve(context, await self._greet(context))
+        finally:
+            self._num_open -= 1
+
+    async def _serve(self, context: Context, edge: _Edge) -> None:
         edge.taken = True
         log.debug("epoch %d: %s is connected", edge.limits.epoch, context.peer())
         receiving = asyncio.create_task(_receive(context, edge), name="receive frames")
@@ -123,7 +124,7 @@ class StageServer:
                     edge.inbox.finish()
                 case FrameError() as error:
                     edge.inbox.finish(error)
-                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+                    await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
                 case TransportError() as error:
                     edge.inbox.finish(error)
                 case bug if bug is not None:
@@ -140,26 +141,35 @@ class StageServer:
             async with asyncio.timeout(_HELLO_S):
                 hello = await context.read()
             async with asyncio.timeout(_EPOCH_S):
-                agreed = wire.decode_hello(hello if isinstance(hello, bytes) else b"")
-                while (edge := self._edge) is None or edge.limits.epoch < agreed.epoch:
+                agreed = wire.decode_hello(_bounded(hello, _MAX_HELLO_BYTES) if isinstance(hello, bytes) else b"")
+                while not self._closed and ((edge := self._edge) is None or edge.limits.epoch < agreed.epoch):
                     await self._edge_changed.wait()
         except FrameError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await refuse(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "nothing was agreed with this peer in time")
+            await refuse(context, grpc.StatusCode.DEADLINE_EXCEEDED, "nothing was agreed with this peer in time")
+        if self._closed or edge is None:
+            await context.abort(grpc.StatusCode.CANCELLED, "the receiver is closed")
+        if edge.sender is not None and (name := peer_of(context).name) not in ("", edge.sender):
+            await refuse(
+                context,
+                grpc.StatusCode.PERMISSION_DENIED,
+                f"epoch {agreed.epoch} is sent by {edge.sender} here, and not by {name}",
+            )
         if difference := _difference(edge.limits, agreed):
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, difference)
+            await refuse(context, grpc.StatusCode.FAILED_PRECONDITION, difference)
         if edge.taken:
-            await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"epoch {agreed.epoch} has, or had, another sender")
+            await refuse(context, grpc.StatusCode.ALREADY_EXISTS, f"epoch {agreed.epoch} has, or had, another sender")
         return edge
 
 
 class _Edge:
     """One epoch's stream, expected or there."""
 
-    def __init__(self, limits: FrameLimits, inbox: Inbox) -> None:
+    def __init__(self, limits: FrameLimits, inbox: Inbox, sender: str | None) -> None:
         self.limits = limits
         self.inbox = inbox
+        self.sender = sender
         self.taken = False
 
 
@@ -193,6 +203,13 @@ async def _read(context: Context) -> bytes:
         raise TransportError(f"the sender is gone: {reason(error)}") from error
     if not isinstance(data, bytes):
         raise TransportError("the sender is gone")
+    return _bounded(data, _PIECE_BYTES)
+
+
+def _bounded(data: bytes, max_bytes: int) -> bytes:
+    """Other services of the same server may take larger messages than this one."""
+    if len(data) > max_bytes:
+        raise FrameError(f"a message of {len(data)} bytes, where at most {max_bytes} are allowed")
     return data
 
 
@@ -282,11 +299,14 @@ async def connect(
     addresses: Sequence[str],
     limits: FrameLimits,
     *,
+    identity: Identity | None,
+    peer: str = "",
     timeout_s: float,
     close_timeout_s: float = 5.0,
     liveness: Liveness | None = None,
 ) -> RpcLink:
-    """A link to the server at the first address that answers, which has agreed to `limits`.
+    """A link to the server at the first address that answers, which has agreed to `limits`. On the network that must
+    be the member named `peer`, and `identity` is shown to it; Unix sockets need neither.
 
     A server that is not up yet, or not yet told of the epoch, is waited for until `timeout_s` is over. Raises
     TransportError then, and at once when the server refuses, with its reason.
@@ -294,8 +314,9 @@ async def connect(
     options = grpc_options(
         max_send_bytes=_PIECE_BYTES, max_receive_bytes=_MAX_FLOW_BYTES, liveness=liveness or Liveness()
     )
-    async with deadline(timeout_s, f"no stage answered at {', '.join(addresses)}"):
-        channel, address = await first_ready(addresses, options)
+    failures = Failures()
+    async with deadline(timeout_s, f"no stage answered at {', '.join(addresses)}", failures):
+        channel, address = await first_ready(addresses, options, Caller(identity=identity, peer=peer), failures)
         try:
             call: Call = channel.stream_stream("/tllm.Stage/Stream")()
             await call.write(wire.encode_hello(limits))

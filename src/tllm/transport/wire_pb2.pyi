@@ -551,6 +551,183 @@ class StepFailed(_message.Message):
 Global___StepFailed: _TypeAlias = StepFailed  # noqa: Y015
 
 @_typing.final
+class EnrolRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HELLO_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def hello(self) -> Global___EnrolHello: ...
+    @_builtins.property
+    def proof(self) -> Global___EnrolProof: ...
+    def __init__(
+        self,
+        *,
+        hello: Global___EnrolHello | None = ...,
+        proof: Global___EnrolProof | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message", "proof", b"proof"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hello", b"hello", "message", b"message", "proof", b"proof"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "proof"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___EnrolRequest: _TypeAlias = EnrolRequest  # noqa: Y015
+
+@_typing.final
+class EnrolHello(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    protocol: _builtins.int
+    version: _builtins.str
+    token_id: _builtins.str
+    """empty on a Unix socket"""
+    def __init__(
+        self,
+        *,
+        protocol: _builtins.int = ...,
+        version: _builtins.str = ...,
+        token_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol", "token_id", b"token_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnrolHello: _TypeAlias = EnrolHello  # noqa: Y015
+
+@_typing.final
+class EnrolProof(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNING_REQUEST_FIELD_NUMBER: _builtins.int
+    PROOF_FIELD_NUMBER: _builtins.int
+    signing_request: _builtins.bytes
+    """PEM; its key stays with the node"""
+    proof: _builtins.bytes
+    """HMAC-SHA256 of the token's secret over challenge and signing request"""
+    def __init__(
+        self,
+        *,
+        signing_request: _builtins.bytes = ...,
+        proof: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["proof", b"proof", "signing_request", b"signing_request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnrolProof: _TypeAlias = EnrolProof  # noqa: Y015
+
+@_typing.final
+class EnrolAnswer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHALLENGE_FIELD_NUMBER: _builtins.int
+    ENROLLED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def challenge(self) -> Global___EnrolChallenge: ...
+    @_builtins.property
+    def enrolled(self) -> Global___Enrolled: ...
+    def __init__(
+        self,
+        *,
+        challenge: Global___EnrolChallenge | None = ...,
+        enrolled: Global___Enrolled | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge", "enrolled", b"enrolled", "message", b"message"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge", "enrolled", b"enrolled", "message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["challenge", "enrolled"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___EnrolAnswer: _TypeAlias = EnrolAnswer  # noqa: Y015
+
+@_typing.final
+class EnrolChallenge(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NONCE_FIELD_NUMBER: _builtins.int
+    nonce: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        nonce: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EnrolChallenge: _TypeAlias = EnrolChallenge  # noqa: Y015
+
+@_typing.final
+class Enrolled(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def identity(self) -> Global___Identity:
+        """without a key: the node has it"""
+
+    def __init__(
+        self,
+        *,
+        identity: Global___Identity | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Enrolled: _TypeAlias = Enrolled  # noqa: Y015
+
+@_typing.final
+class Identity(_message.Message):
+    """Who somebody is in a cluster."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    AUTHORITY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """node id, or "head"; also in the certificate"""
+    certificate: _builtins.bytes
+    """PEM"""
+    key: _builtins.bytes
+    """PEM; crosses only the pipe from an agent to its own worker"""
+    authority: _builtins.bytes
+    """PEM: the cluster's certificate authority"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        certificate: _builtins.bytes = ...,
+        key: _builtins.bytes = ...,
+        authority: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority", "certificate", b"certificate", "key", b"key", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Identity: _TypeAlias = Identity  # noqa: Y015
+
+@_typing.final
 class AgentMessage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -558,14 +735,22 @@ class AgentMessage(_message.Message):
     WORKER_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     LEAVE_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
+    MEASURED_LINK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def attach(self) -> Global___Attach: ...
     @_builtins.property
     def worker(self) -> Global___WorkerEvent: ...
     @_builtins.property
-    def heartbeat(self) -> Global___Heartbeat: ...
+    def heartbeat(self) -> Global___Heartbeat:
+        """the head's own, sent back, with what is new on this machine"""
+
     @_builtins.property
     def leave(self) -> Global___Leave: ...
+    @_builtins.property
+    def measured(self) -> Global___Measured: ...
+    @_builtins.property
+    def measured_link(self) -> Global___MeasuredLink: ...
     def __init__(
         self,
         *,
@@ -573,12 +758,14 @@ class AgentMessage(_message.Message):
         worker: Global___WorkerEvent | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         leave: Global___Leave | None = ...,
+        measured: Global___Measured | None = ...,
+        measured_link: Global___MeasuredLink | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "heartbeat", b"heartbeat", "leave", b"leave", "message", b"message", "worker", b"worker"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "heartbeat", b"heartbeat", "leave", b"leave", "measured", b"measured", "measured_link", b"measured_link", "message", b"message", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "heartbeat", b"heartbeat", "leave", b"leave", "message", b"message", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "heartbeat", b"heartbeat", "leave", b"leave", "measured", b"measured", "measured_link", b"measured_link", "message", b"message", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["attach", "worker", "heartbeat", "leave"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["attach", "worker", "heartbeat", "leave", "measured", "measured_link"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -593,6 +780,8 @@ class HeadMessage(_message.Message):
     WORKER_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     SHUTDOWN_FIELD_NUMBER: _builtins.int
+    MEASURE_FIELD_NUMBER: _builtins.int
+    MEASURE_LINK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -603,6 +792,10 @@ class HeadMessage(_message.Message):
     def heartbeat(self) -> Global___Heartbeat: ...
     @_builtins.property
     def shutdown(self) -> Global___Shutdown: ...
+    @_builtins.property
+    def measure(self) -> Global___Measure: ...
+    @_builtins.property
+    def measure_link(self) -> Global___MeasureLink: ...
     def __init__(
         self,
         *,
@@ -611,12 +804,14 @@ class HeadMessage(_message.Message):
         worker: Global___WorkerOrder | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         shutdown: Global___Shutdown | None = ...,
+        measure: Global___Measure | None = ...,
+        measure_link: Global___MeasureLink | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "message", b"message", "refused", b"refused", "shutdown", b"shutdown", "welcome", b"welcome", "worker", b"worker"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "measure", b"measure", "measure_link", b"measure_link", "message", b"message", "refused", b"refused", "shutdown", b"shutdown", "welcome", b"welcome", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "message", b"message", "refused", b"refused", "shutdown", b"shutdown", "welcome", b"welcome", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "measure", b"measure", "measure_link", b"measure_link", "message", b"message", "refused", b"refused", "shutdown", b"shutdown", "welcome", b"welcome", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "refused", "worker", "heartbeat", "shutdown"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "refused", "worker", "heartbeat", "shutdown", "measure", "measure_link"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -628,28 +823,88 @@ class Attach(_message.Message):
 
     PROTOCOL_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
-    TOKEN_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
     PROFILE_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     version: _builtins.str
-    token: _builtins.str
+    node_id: _builtins.str
+    """as enrolled; on TCP it must be the certificate's"""
+    instance: _builtins.str
+    """of this agent process: a second one with the same node id takes its place"""
     @_builtins.property
     def profile(self) -> Global___NodeProfile: ...
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerState]:
+        """that still run, from before the stream was lost or for another head"""
+
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of the agent's own server: shards and link measurements"""
+
     def __init__(
         self,
         *,
         protocol: _builtins.int = ...,
         version: _builtins.str = ...,
-        token: _builtins.str = ...,
+        node_id: _builtins.str = ...,
+        instance: _builtins.str = ...,
         profile: Global___NodeProfile | None = ...,
+        workers: _abc.Iterable[Global___WorkerState] | None = ...,
+        addresses: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "protocol", b"protocol", "token", b"token", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "instance", b"instance", "node_id", b"node_id", "profile", b"profile", "protocol", b"protocol", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Attach: _TypeAlias = Attach  # noqa: Y015
+
+@_typing.final
+class WorkerState(_message.Message):
+    """A running worker as its agent knows it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    LOADED_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    epoch: _builtins.int
+    """it is ready for; 0: none"""
+    @_builtins.property
+    def load(self) -> Global___Load:
+        """the last one it was ordered"""
+
+    @_builtins.property
+    def loaded(self) -> Global___Loaded:
+        """unset while it loads"""
+
+    @_builtins.property
+    def failed(self) -> Global___Failed:
+        """its stage or its load; unset: not since the last order"""
+
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        load: Global___Load | None = ...,
+        loaded: Global___Loaded | None = ...,
+        epoch: _builtins.int = ...,
+        failed: Global___Failed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "load", b"load", "loaded", b"loaded"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "failed", b"failed", "load", b"load", "loaded", b"loaded", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerState: _TypeAlias = WorkerState  # noqa: Y015
 
 @_typing.final
 class NodeProfile(_message.Message):
@@ -702,12 +957,20 @@ Global___NodeProfile: _TypeAlias = NodeProfile  # noqa: Y015
 class Heartbeat(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    ID_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    free_bytes: _builtins.int
+    """the machine's free memory, from the agent"""
     def __init__(
         self,
+        *,
+        id: _builtins.int = ...,
+        free_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_bytes", b"free_bytes", "id", b"id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -736,19 +999,20 @@ Global___Leave: _TypeAlias = Leave  # noqa: Y015
 class Welcome(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    NODE_ID_FIELD_NUMBER: _builtins.int
     CLUSTER_FIELD_NUMBER: _builtins.int
-    node_id: _builtins.str
+    INSTANCE_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
+    instance: _builtins.str
+    """of this head process"""
     def __init__(
         self,
         *,
-        node_id: _builtins.str = ...,
         cluster: _builtins.str = ...,
+        instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "node_id", b"node_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "instance", b"instance"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -759,15 +1023,19 @@ class Refused(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
+    AGAIN_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
+    again: _builtins.bool
+    """whether asking again later may help"""
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
+        again: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["again", b"again", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -778,23 +1046,184 @@ class Shutdown(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
+    AGAIN_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
+    again: _builtins.bool
+    """the head may come back: keep asking"""
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
+        again: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["again", b"again", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Shutdown: _TypeAlias = Shutdown  # noqa: Y015
 
 @_typing.final
+class Measure(_message.Message):
+    """Time one shard through the real engine, with weights of zeros: speed does not depend on their values."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFIG_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    NUM_THREADS_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    config: _builtins.str
+    """JSON: the model's config.json"""
+    dtype: _builtins.str
+    device: _builtins.str
+    num_threads: _builtins.int
+    """of one worker"""
+    engine: _builtins.str
+    key: _builtins.str
+    """names device, dtype and model shape: what a cached answer is found by"""
+    def __init__(
+        self,
+        *,
+        config: _builtins.str = ...,
+        dtype: _builtins.str = ...,
+        device: _builtins.str = ...,
+        num_threads: _builtins.int = ...,
+        engine: _builtins.str = ...,
+        key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "device", b"device", "dtype", b"dtype", "engine", b"engine", "key", b"key", "num_threads", b"num_threads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Measure: _TypeAlias = Measure  # noqa: Y015
+
+@_typing.final
+class Measured(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    SPEED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    failed: _builtins.str
+    """why it could not be measured; empty: it was"""
+    @_builtins.property
+    def speed(self) -> Global___Speed: ...
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        speed: Global___Speed | None = ...,
+        failed: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["speed", b"speed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "key", b"key", "speed", b"speed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Measured: _TypeAlias = Measured  # noqa: Y015
+
+@_typing.final
+class Speed(_message.Message):
+    """Seconds through the engine by rows of a step, `rows` ascending; see planner/profile.py."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    LAYER_S_FIELD_NUMBER: _builtins.int
+    HEAD_S_FIELD_NUMBER: _builtins.int
+    STEP_S_FIELD_NUMBER: _builtins.int
+    step_s: _builtins.float
+    """per step and stage, whatever is in it"""
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def layer_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """one layer"""
+
+    @_builtins.property
+    def head_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """final norm, projection and sampling, with one sampled row per chunk"""
+
+    def __init__(
+        self,
+        *,
+        rows: _abc.Iterable[_builtins.int] | None = ...,
+        layer_s: _abc.Iterable[_builtins.float] | None = ...,
+        head_s: _abc.Iterable[_builtins.float] | None = ...,
+        step_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_s", b"head_s", "layer_s", b"layer_s", "rows", b"rows", "step_s", b"step_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Speed: _TypeAlias = Speed  # noqa: Y015
+
+@_typing.final
+class MeasureLink(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """the peer"""
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        addresses: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "node_id", b"node_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureLink: _TypeAlias = MeasureLink  # noqa: Y015
+
+@_typing.final
+class MeasuredLink(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    RTT_S_FIELD_NUMBER: _builtins.int
+    BYTES_PER_S_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    rtt_s: _builtins.float
+    bytes_per_s: _builtins.float
+    """this node to the peer"""
+    failed: _builtins.str
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        rtt_s: _builtins.float = ...,
+        bytes_per_s: _builtins.float = ...,
+        failed: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_per_s", b"bytes_per_s", "failed", b"failed", "node_id", b"node_id", "rtt_s", b"rtt_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasuredLink: _TypeAlias = MeasuredLink  # noqa: Y015
+
+@_typing.final
 class WorkerOrder(_message.Message):
-    """One worker process, named by the head. load, then start, then any number of frames, then stop."""
+    """One worker process, named by the head. load, then start, then any number of frames; again from load or start; stop."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -802,6 +1231,8 @@ class WorkerOrder(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
+    PING_FIELD_NUMBER: _builtins.int
+    MEASURE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     @_builtins.property
     def load(self) -> Global___Load: ...
@@ -809,6 +1240,10 @@ class WorkerOrder(_message.Message):
     def start(self) -> Global___Start: ...
     @_builtins.property
     def stop(self) -> Global___Stop: ...
+    @_builtins.property
+    def ping(self) -> Global___Ping: ...
+    @_builtins.property
+    def measure(self) -> Global___Measure: ...
     def __init__(
         self,
         *,
@@ -816,12 +1251,14 @@ class WorkerOrder(_message.Message):
         load: Global___Load | None = ...,
         start: Global___Start | None = ...,
         stop: Global___Stop | None = ...,
+        ping: Global___Ping | None = ...,
+        measure: Global___Measure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "order", b"order", "start", b"start", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "measure", b"measure", "order", b"order", "ping", b"ping", "start", b"start", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "order", b"order", "start", b"start", "stop", b"stop", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "measure", b"measure", "order", b"order", "ping", b"ping", "start", b"start", "stop", b"stop", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_order: _TypeAlias = _typing.Literal["load", "start", "stop"]  # noqa: Y015
+    _WhichOneofReturnType_order: _TypeAlias = _typing.Literal["load", "start", "stop", "ping", "measure"]  # noqa: Y015
     _WhichOneofArgType_order: _TypeAlias = _typing.Literal["order", b"order"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_order) -> _WhichOneofReturnType_order | None: ...
 
@@ -829,7 +1266,9 @@ Global___WorkerOrder: _TypeAlias = WorkerOrder  # noqa: Y015
 
 @_typing.final
 class Load(_message.Message):
-    """Spawn a process and load a shard."""
+    """Spawn a process, if there is none of that id, and load a shard; a process that has one of the same model loads only
+    what it lacks and drops what is not wanted.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -846,8 +1285,13 @@ class Load(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     CPUS_FIELD_NUMBER: _builtins.int
     MAX_POSITIONS_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    PORT_FIELD_NUMBER: _builtins.int
+    FETCHED_BYTES_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """directory, or "embedded" """
+    """directory, hub id, or "embedded"; what the worker gets may be a file of the shard store"""
     fingerprint: _builtins.str
     """of the checkpoint; another one is refused"""
     first_layer: _builtins.int
@@ -859,14 +1303,28 @@ class Load(_message.Message):
     num_threads: _builtins.int
     """0: the framework's default"""
     host: _builtins.str
-    """to listen on for neighbours of other machines"""
+    """to listen on for neighbours of other machines; empty: none are"""
     engine: _builtins.str
     """torch"""
     max_positions: _builtins.int
     """the longest context that was asked for; 0: the model's own"""
+    port: _builtins.int
+    """to listen on at `host`; 0: any free one"""
+    fetched_bytes: _builtins.int
+    """that came over the network for it; put in by the agent"""
+    number: _builtins.int
+    """of the order; the answer carries it"""
     @_builtins.property
     def cpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """pin to these, when given"""
+
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___Source]:
+        """where the weights can be had, if not on this machine; best first"""
+
+    @_builtins.property
+    def identity(self) -> Global___Identity:
+        """the node's, put in by its agent"""
 
     def __init__(
         self,
@@ -884,14 +1342,45 @@ class Load(_message.Message):
         engine: _builtins.str = ...,
         cpus: _abc.Iterable[_builtins.int] | None = ...,
         max_positions: _builtins.int = ...,
+        sources: _abc.Iterable[Global___Source] | None = ...,
+        identity: Global___Identity | None = ...,
+        port: _builtins.int = ...,
+        fetched_bytes: _builtins.int = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "device", b"device", "dtype", b"dtype", "embed", b"embed", "engine", b"engine", "fingerprint", b"fingerprint", "first_layer", b"first_layer", "head", b"head", "host", b"host", "last_layer", b"last_layer", "max_positions", b"max_positions", "model", b"model", "num_threads", b"num_threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "device", b"device", "dtype", b"dtype", "embed", b"embed", "engine", b"engine", "fetched_bytes", b"fetched_bytes", "fingerprint", b"fingerprint", "first_layer", b"first_layer", "head", b"head", "host", b"host", "identity", b"identity", "last_layer", b"last_layer", "max_positions", b"max_positions", "model", b"model", "num_threads", b"num_threads", "number", b"number", "port", b"port", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class Source(_message.Message):
+    """Who has weights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """as in its certificate"""
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        addresses: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Source: _TypeAlias = Source  # noqa: Y015
 
 @_typing.final
 class Start(_message.Message):
@@ -903,8 +1392,14 @@ class Start(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     NEXT_FIELD_NUMBER: _builtins.int
+    NEXT_NAME_FIELD_NUMBER: _builtins.int
+    PREVIOUS_NAME_FIELD_NUMBER: _builtins.int
     num_blocks: _builtins.int
     block_size: _builtins.int
+    next_name: _builtins.str
+    """who must answer there, as in its certificate"""
+    previous_name: _builtins.str
+    """who alone may send here"""
     @_builtins.property
     def limits(self) -> Global___Limits: ...
     @_builtins.property
@@ -918,10 +1413,12 @@ class Start(_message.Message):
         num_blocks: _builtins.int = ...,
         block_size: _builtins.int = ...,
         next: _abc.Iterable[_builtins.str] | None = ...,
+        next_name: _builtins.str = ...,
+        previous_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "limits", b"limits", "next", b"next", "num_blocks", b"num_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "limits", b"limits", "next", b"next", "next_name", b"next_name", "num_blocks", b"num_blocks", "previous_name", b"previous_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -943,6 +1440,23 @@ class Stop(_message.Message):
 Global___Stop: _TypeAlias = Stop  # noqa: Y015
 
 @_typing.final
+class Ping(_message.Message):
+    """Answered with Pong by the worker's event loop: a worker that is silent hangs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ping: _TypeAlias = Ping  # noqa: Y015
+
+@_typing.final
 class WorkerEvent(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -952,7 +1466,8 @@ class WorkerEvent(_message.Message):
     READY_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     EXITED_FIELD_NUMBER: _builtins.int
-    STATISTICS_FIELD_NUMBER: _builtins.int
+    PONG_FIELD_NUMBER: _builtins.int
+    MEASURED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     @_builtins.property
     def loading(self) -> Global___Loading: ...
@@ -965,7 +1480,9 @@ class WorkerEvent(_message.Message):
     @_builtins.property
     def exited(self) -> Global___Exited: ...
     @_builtins.property
-    def statistics(self) -> Global___Statistics: ...
+    def pong(self) -> Global___Pong: ...
+    @_builtins.property
+    def measured(self) -> Global___Measured: ...
     def __init__(
         self,
         *,
@@ -975,17 +1492,38 @@ class WorkerEvent(_message.Message):
         ready: Global___Ready | None = ...,
         failed: Global___Failed | None = ...,
         exited: Global___Exited | None = ...,
-        statistics: Global___Statistics | None = ...,
+        pong: Global___Pong | None = ...,
+        measured: Global___Measured | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exited", b"exited", "failed", b"failed", "loaded", b"loaded", "loading", b"loading", "ready", b"ready", "statistics", b"statistics"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exited", b"exited", "failed", b"failed", "loaded", b"loaded", "loading", b"loading", "measured", b"measured", "pong", b"pong", "ready", b"ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exited", b"exited", "failed", b"failed", "loaded", b"loaded", "loading", b"loading", "ready", b"ready", "statistics", b"statistics", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exited", b"exited", "failed", b"failed", "loaded", b"loaded", "loading", b"loading", "measured", b"measured", "pong", b"pong", "ready", b"ready", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["loading", "loaded", "ready", "failed", "exited", "statistics"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["loading", "loaded", "ready", "failed", "exited", "pong", "measured"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WorkerEvent: _TypeAlias = WorkerEvent  # noqa: Y015
+
+@_typing.final
+class Pong(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUSY_S_FIELD_NUMBER: _builtins.int
+    busy_s: _builtins.float
+    """that the compute thread has been at its present step"""
+    def __init__(
+        self,
+        *,
+        busy_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pong: _TypeAlias = Pong  # noqa: Y015
 
 @_typing.final
 class Loading(_message.Message):
@@ -993,17 +1531,21 @@ class Loading(_message.Message):
 
     DONE_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    FETCHING_FIELD_NUMBER: _builtins.int
     done_bytes: _builtins.int
     total_bytes: _builtins.int
+    fetching: _builtins.bool
+    """from other machines to the shard store; else from there to memory"""
     def __init__(
         self,
         *,
         done_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
+        fetching: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "fetching", b"fetching", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1018,11 +1560,17 @@ class Loaded(_message.Message):
     ADDRESSES_FIELD_NUMBER: _builtins.int
     LOAD_S_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    FETCHED_BYTES_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     free_bytes: _builtins.int
     """for KV"""
     weight_bytes: _builtins.int
     load_s: _builtins.float
     pid: _builtins.int
+    fetched_bytes: _builtins.int
+    """that came over the network for it"""
+    number: _builtins.int
+    """of the load order"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """where its data stream can be reached, best first"""
@@ -1035,10 +1583,12 @@ class Loaded(_message.Message):
         addresses: _abc.Iterable[_builtins.str] | None = ...,
         load_s: _builtins.float = ...,
         pid: _builtins.int = ...,
+        fetched_bytes: _builtins.int = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "free_bytes", b"free_bytes", "load_s", b"load_s", "pid", b"pid", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "fetched_bytes", b"fetched_bytes", "free_bytes", b"free_bytes", "load_s", b"load_s", "number", b"number", "pid", b"pid", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1068,15 +1618,23 @@ class Failed(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
+    epoch: _builtins.int
+    """of the stage that ended or did not start"""
+    number: _builtins.int
+    """of the load order that failed"""
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "number", b"number", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1106,35 +1664,215 @@ class Exited(_message.Message):
 Global___Exited: _TypeAlias = Exited  # noqa: Y015
 
 @_typing.final
-class Statistics(_message.Message):
+class Piece(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    NUM_STEPS_FIELD_NUMBER: _builtins.int
-    NUM_TOKENS_FIELD_NUMBER: _builtins.int
-    KV_BYTES_FIELD_NUMBER: _builtins.int
-    COMPUTE_S_FIELD_NUMBER: _builtins.int
-    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
-    SENT_BYTES_FIELD_NUMBER: _builtins.int
-    num_steps: _builtins.int
-    num_tokens: _builtins.int
-    kv_bytes: _builtins.int
-    compute_s: _builtins.float
-    received_bytes: _builtins.int
-    sent_bytes: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
     def __init__(
         self,
         *,
-        num_steps: _builtins.int = ...,
-        num_tokens: _builtins.int = ...,
-        kv_bytes: _builtins.int = ...,
-        compute_s: _builtins.float = ...,
-        received_bytes: _builtins.int = ...,
-        sent_bytes: _builtins.int = ...,
+        data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_s", b"compute_s", "kv_bytes", b"kv_bytes", "num_steps", b"num_steps", "num_tokens", b"num_tokens", "received_bytes", b"received_bytes", "sent_bytes", b"sent_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Statistics: _TypeAlias = Statistics  # noqa: Y015
+Global___Piece: _TypeAlias = Piece  # noqa: Y015
+
+@_typing.final
+class DescribeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    fingerprint: _builtins.str
+    def __init__(
+        self,
+        *,
+        fingerprint: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeRequest: _TypeAlias = DescribeRequest  # noqa: Y015
+
+@_typing.final
+class Manifest(_message.Message):
+    """Everything of a checkpoint but its weights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
+    fingerprint: _builtins.str
+    config: _builtins.str
+    """JSON"""
+    digest: _builtins.bytes
+    """of the headers, as the fingerprint needs it"""
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]: ...
+    def __init__(
+        self,
+        *,
+        fingerprint: _builtins.str = ...,
+        config: _builtins.str = ...,
+        digest: _builtins.bytes = ...,
+        tensors: _abc.Iterable[Global___Tensor] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "digest", b"digest", "fingerprint", b"fingerprint", "tensors", b"tensors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Manifest: _TypeAlias = Manifest  # noqa: Y015
+
+@_typing.final
+class Tensor(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    dtype: _builtins.str
+    sha256: _builtins.str
+    """hex; empty where nobody has asked for it yet"""
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        dtype: _builtins.str = ...,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
+        sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "name", b"name", "sha256", b"sha256", "shape", b"shape"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
+
+@_typing.final
+class HashesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    fingerprint: _builtins.str
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        fingerprint: _builtins.str = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HashesRequest: _TypeAlias = HashesRequest  # noqa: Y015
+
+@_typing.final
+class HashesAnswer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sha256(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """in the order asked"""
+
+    def __init__(
+        self,
+        *,
+        sha256: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HashesAnswer: _TypeAlias = HashesAnswer  # noqa: Y015
+
+@_typing.final
+class ReadRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    fingerprint: _builtins.str
+    name: _builtins.str
+    """of a tensor"""
+    offset: _builtins.int
+    """within its bytes"""
+    def __init__(
+        self,
+        *,
+        fingerprint: _builtins.str = ...,
+        name: _builtins.str = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "name", b"name", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadRequest: _TypeAlias = ReadRequest  # noqa: Y015
+
+@_typing.final
+class EchoRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    ANSWER_BYTES_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    answer_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+        answer_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_bytes", b"answer_bytes", "data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EchoRequest: _TypeAlias = EchoRequest  # noqa: Y015
+
+@_typing.final
+class EchoAnswer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EchoAnswer: _TypeAlias = EchoAnswer  # noqa: Y015
