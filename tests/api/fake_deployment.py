@@ -201,6 +201,10 @@ class FakeDeployment:
         self.original_template = self.template
 
     @property
+    def takes_requests(self) -> bool:
+        return self.state in (DeploymentState.SERVING, DeploymentState.REPLANNING)
+
+    @property
     def vocab_size(self) -> int:
         return self.tokenizer.vocab_size
 

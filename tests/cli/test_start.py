@@ -31,7 +31,20 @@ def without(absent: list[str], *arguments: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.parametrize(
-    "verb", [[], ["serve"], ["join"], ["run"], ["demo"], ["doctor"], ["version"], ["bench"], ["bench", "latency"]]
+    "verb",
+    [
+        [],
+        ["serve"],
+        ["join"],
+        ["run"],
+        ["demo"],
+        ["doctor"],
+        ["version"],
+        ["bench"],
+        ["bench", "latency"],
+        ["nodes"],
+        ["drain"],
+    ],
 )
 def test_help_of_every_verb_imports_neither_torch_nor_grpc_nor_the_web_framework(verb):
     shown = without(["torch", "grpc", "numpy", "fastapi", "uvicorn", "transformers", "rich"], *verb, "--help")

@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from tllm.api.bodies import json_response
 from tllm.api.chat import chat_completions
+from tllm.api.cluster import drain_node, show_cluster, show_joining, undrain_node
 from tllm.api.completions import completions
 from tllm.api.edge import Edge
 from tllm.api.errors import invalid_request, method_not_allowed, not_found, reply_for, unavailable
@@ -54,6 +55,10 @@ def create_app(state: ApiState) -> FastAPI:
     _get(app, state, "/live", _live, "200 as long as the event loop turns.")
     _get(app, state, "/metrics", _metrics, "Prometheus metrics.")
     _get(app, state, "/version", _version, "The server's version.")
+    _get(app, state, "/tllm/v1/cluster", show_cluster, "The cluster's nodes, its plan and what it predicts.")
+    _get(app, state, "/tllm/v1/join", show_joining, "Where a node joins, without a key.")
+    _post(app, state, "/tllm/v1/nodes/{node:path}/drain", drain_node, None, "Take a node out of every plan.")
+    _post(app, state, "/tllm/v1/nodes/{node:path}/undrain", undrain_node, None, "Let plans use a node again.")
     app.openapi = functools.partial(_document, app)  # type: ignore[method-assign]
     return app
 
@@ -77,19 +82,16 @@ def _get(app: FastAPI, state: ApiState, path: str, handler: Handler, summary: st
     app.add_api_route(path, endpoint, methods=["HEAD"], name=name, include_in_schema=False)
 
 
-def _post(app: FastAPI, state: ApiState, path: str, handler: Handler, kind: type[Body], summary: str) -> None:
+def _post(app: FastAPI, state: ApiState, path: str, handler: Handler, kind: type[Body] | None, summary: str) -> None:
     async def endpoint(request: Request) -> Response:
         return await handler(request, state)
 
-    schema = {"$ref": _SCHEMA_REF.format(model=kind.__name__)}
-    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    extra: dict[str, Any] = {}
+    if kind is not None:
+        schema = {"$ref": _SCHEMA_REF.format(model=kind.__name__)}
+        extra["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     app.add_api_route(
-        path,
-        endpoint,
-        methods=["POST"],
-        name=handler.__name__,
-        summary=summary,
-        openapi_extra={"requestBody": body},
+        path, endpoint, methods=["POST"], name=handler.__name__, summary=summary, openapi_extra=extra or None
     )
 
 

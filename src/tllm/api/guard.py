@@ -3,7 +3,8 @@
 Rules:
     Bound to loopback, a Host that is no loopback name is refused: a page of another site may have rebound its own
     name to this machine (DNS rebinding). So is an Origin of another site, unless the operator listed it.
-    With keys configured, every path needs one but the three that say only whether the server lives.
+    With keys configured, every path needs one but the three that say only whether the server lives, and the one that
+    tells nodes where to prove themselves.
     Keys are compared in constant time, all of them.
 
 This file does not know routes or bodies.
@@ -20,7 +21,7 @@ from starlette.datastructures import Headers
 from tllm.api.errors import ErrorReply, forbidden, unauthorized
 from tllm.api.state import ApiState
 
-OPEN_PATHS = frozenset(("/health", "/live", "/ready"))
+OPEN_PATHS = frozenset(("/health", "/live", "/ready", "/tllm/v1/join"))
 PREFLIGHT_MAX_AGE_S = 600
 EXPOSED_HEADERS = "x-request-id, openai-processing-ms, retry-after, retry-after-ms, x-should-retry"
 

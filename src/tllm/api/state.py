@@ -1,4 +1,4 @@
-"""What the HTTP edge knows while it serves: the models, who may ask, how much may be asked.
+"""What the HTTP edge knows while it serves: the models and their cluster, who may ask, how much may be asked.
 This file does not know routes, bodies or headers.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from tllm.api.errors import ModelNotFoundError, listed, unavailable
 from tllm.api.metrics import Metrics
 from tllm.cluster.deployment import Deployment, DeploymentState
+from tllm.cluster.status import Cluster
 from tllm.core.errors import RequestError
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class ApiState:
 
     version: str
     deployments: Mapping[str, Deployment]
+    cluster: Cluster | None = None  # None: nothing under /tllm/v1
     api_keys: tuple[str, ...] = ()
     bind_host: str = "127.0.0.1"
     allowed_hosts: tuple[str, ...] = ()
@@ -71,7 +73,7 @@ class ApiState:
         """Raise UnavailableError unless `deployment` takes new requests now."""
         if self.draining:
             raise unavailable(DeploymentState.DRAINING.value, self.limits.retry_after_s)
-        if deployment.state is not DeploymentState.SERVING:
+        if not deployment.takes_requests:
             raise unavailable(deployment.state.value, self.limits.retry_after_s)
 
     def note_ignored(self, fields: Iterable[str]) -> None:

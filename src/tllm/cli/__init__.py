@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from tllm.cli import bench, demo, doctor, join, run, serve, version
+from tllm.cli import bench, cache, demo, doctor, drain, join, nodes, plan, run, serve, token, version
 from tllm.core.errors import TllmError
 
 app = typer.Typer(
@@ -24,8 +24,13 @@ app.command("serve")(serve.serve)
 app.command("join")(join.join)
 app.command("run")(run.run)
 app.command("demo")(demo.demo)
+app.command("nodes")(nodes.nodes)
+app.command("plan")(plan.plan)
+app.command("drain")(drain.drain)
 app.command("doctor")(doctor.doctor)
 app.command("version")(version.version)
+app.add_typer(token.app, name="token")
+app.add_typer(cache.app, name="cache")
 app.add_typer(bench.app, name="bench")
 
 

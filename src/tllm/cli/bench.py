@@ -48,8 +48,8 @@ def latency(
     options.set_up_logging(log_level)
     from rich.console import Console
 
-    from tllm.cluster.agent import num_processors
     from tllm.cluster.head import model_profile
+    from tllm.cluster.machine import num_processors
     from tllm.core.units import format_bytes
     from tllm.lab.latency import in_turns, stream_rate
     from tllm.lab.server import serving

@@ -12,7 +12,14 @@ from typing import Annotated
 
 import typer
 
-from tllm.core.config import DEFAULT_BLOCK_SIZE, DEFAULT_MAX_BATCH_TOKENS, EMBEDDED_MODEL, ModelConfig, NodeConfig
+from tllm.core.config import (
+    DEFAULT_BLOCK_SIZE,
+    DEFAULT_MAX_BATCH_TOKENS,
+    EMBEDDED_MODEL,
+    Deadlines,
+    ModelConfig,
+    NodeConfig,
+)
 from tllm.core.errors import ConfigError
 from tllm.core.types import DType
 from tllm.core.units import parse_bytes
@@ -41,6 +48,14 @@ Threads = Annotated[
 ]
 Workers = Annotated[int, typer.Option(help="Cut this machine's part into that many stages.", envvar="TLLM_WORKERS")]
 Pin = Annotated[bool, typer.Option("--pin", help="Pin every worker to processors of its own.", envvar="TLLM_PIN")]
+Ports = Annotated[
+    str | None,
+    typer.Option(help="For other machines to reach this one's workers, such as 25100-25110; any free ones by default."),
+]
+Silence = Annotated[
+    float | None,
+    typer.Option(help="Seconds without a sign of life after which a machine is lost; 2.5 by default."),
+]
 Memory = Annotated[
     str | None,
     typer.Option(help="For weights and KV on this machine, such as 6GiB; most of what is free by default."),
@@ -86,6 +101,9 @@ def node_config(
     device: str = "cpu",
     workers: int = 1,
     pin: bool = False,
+    listen: str | None = None,
+    advertise: str | None = None,
+    ports: str | None = None,
 ) -> NodeConfig:
     if pin and sys.platform != "linux":
         raise ConfigError("--pin works on Linux only; leave it out (and TLLM_PIN) on this machine.")
@@ -99,7 +117,29 @@ def node_config(
         device=device,
         num_workers=workers,
         pin=pin,
+        listen_host=listen,
+        advertised_host=advertise,
+        ports=None if ports is None else port_range(ports),
     )
+
+
+def port_range(text: str) -> range:
+    """`A-B`, both included, or one port. Raises ConfigError."""
+    first, _, last = text.partition("-")
+    if first.isdecimal() and (last or first).isdecimal():
+        found = range(int(first), int(last or first) + 1)
+        if len(found) > 0 and found[0] >= 1 and found[-1] <= 65535:
+            return found
+    raise ConfigError(f"--ports is {text!r}; give a range such as 25100-25110.")
+
+
+def deadlines(silence_s: float | None) -> Deadlines:
+    """The defaults, but for what a person set. Raises ConfigError."""
+    if silence_s is None:
+        return Deadlines()
+    if not 1.0 <= silence_s <= 3600:
+        raise ConfigError(f"--silence is {silence_s:g}; it must be at least 1 and at most 3600 seconds.")
+    return Deadlines(silence_s=silence_s, heartbeat_s=silence_s / 5)
 
 
 def refuse_beside(flag: str, context: typer.Context, *names: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import signal
 import socket
 from typing import TYPE_CHECKING, Annotated
@@ -13,12 +12,14 @@ import typer
 from tllm.cli import options
 from tllm.core.config import (
     DEFAULT_BLOCK_SIZE,
+    DEFAULT_CLUSTER,
     DEFAULT_GRPC_PORT,
     DEFAULT_HTTP_PORT,
     DEFAULT_MAX_BATCH_TOKENS,
     EMBEDDED_MODEL,
     ServeConfig,
     is_loopback,
+    is_unspecified,
     join_address,
     split_address,
 )
@@ -38,6 +39,13 @@ def serve(
     grpc_port: Annotated[int, typer.Option(help="For nodes.", envvar="TLLM_GRPC_PORT")] = DEFAULT_GRPC_PORT,
     workers: options.Workers = 1,
     nodes: Annotated[int | None, typer.Option(help="Wait for that many nodes, this one included.")] = None,
+    use_all: Annotated[
+        bool, typer.Option("--use-all", help="Every node gets a part of the model, also where that is slower.")
+    ] = False,
+    streams: Annotated[int, typer.Option(help="Answers at once that the plan is to be best for.")] = 1,
+    cluster: Annotated[
+        str, typer.Option(help="Its name, by which nodes find it.", envvar="TLLM_CLUSTER")
+    ] = DEFAULT_CLUSTER,
     no_local: Annotated[bool, typer.Option("--no-local", help="This machine computes nothing.")] = False,
     name: Annotated[str | None, typer.Option(help="Of this machine; its host name by default.")] = None,
     dtype: options.ModelDType = None,
@@ -45,6 +53,7 @@ def serve(
     threads: options.Threads = None,
     memory: options.Memory = None,
     pin: options.Pin = False,
+    ports: options.Ports = None,
     max_model_len: options.MaxModelLen = None,
     kv_memory: options.KVMemory = None,
     block_size: options.BlockSize = DEFAULT_BLOCK_SIZE,
@@ -53,20 +62,24 @@ def serve(
         list[str] | None, typer.Option(help="What clients ask for; may be given several times.")
     ] = None,
     api_key: Annotated[str | None, typer.Option(help="Clients must show it.", envvar="TLLM_API_KEY")] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Answer everybody who reaches HTTP, without a key.")
+    ] = False,
     seed: options.Seed = None,
+    silence: options.Silence = None,
     log_level: options.Log = options.LogLevel.WARNING,
 ) -> None:
     """Serve a model to OpenAI-compatible clients, from this machine and those that join."""
     options.set_up_logging(log_level)
-    from tllm.models.repository import resolve_model
-
     if no_local:
-        options.refuse_beside("--no-local", context, "workers", "threads", "memory", "device", "pin", "name")
+        options.refuse_beside("--no-local", context, "workers", "threads", "memory", "device", "pin", "name", "ports")
     config = ServeConfig(
         host=host,
         port=options.checked_port("--port", port),
         grpc_port=options.checked_port("--grpc-port", grpc_port),
+        cluster=cluster,
         api_key=api_key,
+        insecure=insecure,
         model=options.model_config(
             model=model,
             served_names=tuple(served_model_name or ()),
@@ -79,10 +92,25 @@ def serve(
         ),
         local_node=None
         if no_local
-        else options.node_config(name=name, threads=threads, memory=memory, device=device, workers=workers, pin=pin),
+        else options.node_config(
+            name=name, threads=threads, memory=memory, device=device, workers=workers, pin=pin, ports=ports
+        ),
         num_nodes=nodes,
+        use_all=use_all,
+        streams=streams,
+        deadlines=options.deadlines(silence),
     )
-    resolve_model(model)  # a download happens here, where Ctrl-C still ends it
+    run_server(config)
+
+
+def run_server(config: ServeConfig) -> None:
+    """Serve until Ctrl-C. Raises what kept the model from being served."""
+    from tllm.models.repository import resolve_headers, resolve_model
+
+    computes = config.local_node is not None
+    (resolve_model if computes else resolve_headers)(
+        config.model.model
+    )  # a download happens here, where Ctrl-C still ends it
     asyncio.run(_serve(config))
 
 
@@ -135,16 +163,9 @@ def _how_to_join(config: ServeConfig, event: Listening) -> str:
     host, port = split_address(event.grpc_address, default_port=config.grpc_port)
     if is_loopback(host):
         return f"Nodes of this machine can join: tllm join {join_address(host, port)}"
-    if _is_unspecified(host):
+    if is_unspecified(host):
         host = socket.gethostname()
     return f"On another machine: tllm join {join_address(host, port)} --token {event.token}"
-
-
-def _is_unspecified(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:  # a name
-        return False
 
 
 def _invite(console: Console, config: ServeConfig, service: Service) -> None:

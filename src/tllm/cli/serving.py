@@ -60,6 +60,7 @@ async def serving(config: ServeConfig, observe: Observer) -> AsyncIterator[Servi
                 version=__version__,
                 deployments=dict.fromkeys(head.deployment.names, head.deployment),
                 api_keys=(config.api_key,) if config.api_key else (),
+                cluster=head,
                 bind_host=config.host,
                 default_seed=config.model.seed,
             )

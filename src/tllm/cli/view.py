@@ -18,16 +18,19 @@ from tllm.cluster.events import (
     HeadEvent,
     Listening,
     Lost,
+    Measuring,
     NodeJoined,
+    NodeLeft,
     Planned,
+    Replanning,
     Serving,
     ShardLoaded,
     ShardLoading,
     Waiting,
 )
 from tllm.core.units import format_bytes, format_seconds
-from tllm.planner.plan import Plan, StagePlan
-from tllm.planner.profile import ModelProfile
+from tllm.planner.plan import Plan, Prediction, StagePlan, format_rate
+from tllm.planner.profile import Load, ModelProfile
 
 
 class StartView:
@@ -62,17 +65,23 @@ class StartView:
                     f"  + {node.name}: {node.num_threads} threads, {format_bytes(node.memory_bytes)}, "
                     f"{node.device}, {node.platform}"
                 )
+            case NodeLeft():
+                self._say(f"  - {event.node.name}: {event.reason}")
+            case Measuring():
+                self._say(f"Measuring {event.num_nodes} nodes and their links, some seconds the first time.")
             case Waiting():
                 self._say(f"Waiting for {event.num_nodes} node{'s' * (event.num_nodes > 1)}.")
             case Planned():
+                self._forget_bars()
                 self._console.print(plan_table(event.model, event.plan))
                 for line in event.plan.dropped:
                     self._say(f"  not used: {line}")
             case ShardLoading():
-                self._advance(event.stage, event.done_bytes, event.total_bytes)
+                self._advance(event.stage, event.done_bytes, event.total_bytes, took="fetching" * event.fetching)
             case ShardLoaded():
                 held = event.stage.held_bytes
-                self._advance(event.stage, held, held, took=f"in {format_seconds(event.load_s)}")
+                fetched = f", {format_bytes(event.fetched_bytes)} over the network" if event.fetched_bytes else ""
+                self._advance(event.stage, held, held, took=f"in {format_seconds(event.load_s)}{fetched}")
             case Serving():
                 self._progress.stop()
                 positions = event.num_blocks * event.block_size
@@ -80,6 +89,15 @@ class StartView:
             case Lost():
                 self._progress.stop()
                 self._say(f"Lost: {event.reason}", style="red")
+            case Replanning():
+                self._progress.stop()
+                self._say(f"Changing the plan: {event.reason}")
+
+    def _forget_bars(self) -> None:
+        self._progress.stop()
+        for task in self._bars.values():
+            self._progress.remove_task(task)
+        self._bars.clear()
 
     def _say(self, line: str, *, style: str = "") -> None:
         self._console.print(Text(line, style=style))
@@ -90,7 +108,7 @@ class StartView:
             self._progress.start()
             description = f"{stage.node.name} {layers_text(stage)}"
             self._bars[first] = self._progress.add_task(description, total=total_bytes, took="")
-        self._progress.update(self._bars[first], completed=done_bytes, total=total_bytes, took=took)
+        self._progress.update(self._bars[first], completed=done_bytes, total=max(total_bytes, 1), took=took)
 
 
 def layers_text(stage: StagePlan) -> str:
@@ -99,14 +117,20 @@ def layers_text(stage: StagePlan) -> str:
 
 
 def plan_table(model: ModelProfile, plan: Plan) -> Table:
-    """Which node holds which layers, what that takes, and what a decode step reads there."""
+    """Which node holds which layers, what that takes, and what a decode step reads there and is predicted to take."""
     title = Text(f"{model.name}: {model.num_layers} layers, {len(plan.stages)} stage(s)", style="table.title")
     table = Table(title=title, title_justify="left")
-    for column in ("node", "layers", "holds", "threads", "weights", "read per step"):
-        table.add_column(column, justify="left" if column in ("node", "layers", "holds") else "right")
-    for stage in plan.stages:
+    predicted = plan.prediction
+    columns = ["node", "layers", "holds", "threads", "weights", "read per step"]
+    if predicted is not None:
+        columns += ["hop", "step"]
+    for column in columns:
+        words = column in ("node", "layers", "holds")
+        table.add_column(column, justify="left" if words else "right", min_width=10 if column == "holds" else None)
+    for index, stage in enumerate(plan.stages):
         shard = stage.shard
         ends = ["embedding"] * shard.embed + ["layers"] + ["head"] * shard.head
+        times = (predicted.hop_s[index], predicted.stage_s[index]) if predicted is not None else ()
         table.add_row(
             Text(stage.node.name),
             f"{shard.first_layer}..{shard.last_layer - 1}",
@@ -114,5 +138,34 @@ def plan_table(model: ModelProfile, plan: Plan) -> Table:
             str(stage.num_threads),
             format_bytes(stage.held_bytes),
             format_bytes(stage.read_bytes),
+            *map(format_seconds, times),
         )
+    return table
+
+
+def prediction_lines(prediction: Prediction, load: Load) -> list[str]:
+    """How fast a plan should be, what bounds it, and what that rests on."""
+    streams = f"{load.streams} stream{'s' * (load.streams > 1)}"
+    lines = [
+        f"Predicted: {format_rate(prediction.tokens_per_s)} tokens/s for {streams}, "
+        f"{format_seconds(prediction.tpot_s)} from token to token; "
+        f"the first after {format_seconds(prediction.ttft_s)} for a prompt of {load.prompt}",
+        f"  bound by {prediction.bound}",
+    ]
+    return lines + [f"  {prediction.note}"] * bool(prediction.note)
+
+
+def alternatives_table(plan: Plan) -> Table:
+    """The plans that lost, best first, with the reason."""
+    table = Table(title="not chosen", title_justify="left")
+    for column in ("plan", "tokens/s", "token", "first token", "why"):
+        table.add_column(column, justify="left" if column in ("plan", "why") else "right")
+    for each in plan.alternatives:
+        found = each.prediction
+        speeds = (
+            ("", "", "")
+            if found is None
+            else (format_rate(found.tokens_per_s), format_seconds(found.tpot_s), format_seconds(found.ttft_s))
+        )
+        table.add_row(Text(each.description), *speeds, Text(each.why))
     return table

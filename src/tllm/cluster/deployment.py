@@ -34,11 +34,13 @@ __all__ = [
 
 
 class DeploymentState(StrEnum):
-    """`SERVING` answers; in every other state requests are refused with UnavailableError carrying its name."""
+    """`SERVING` answers, `REPLANNING` takes requests that are answered a little later; in every other state requests
+    are refused with UnavailableError carrying its name."""
 
     LOADING = "loading"
     SERVING = "serving"
-    DEGRADED = "degraded"  # a stage was lost; nothing can be computed
+    REPLANNING = "replanning"  # a stage was lost, or there is a better plan; what runs and what comes waits
+    DEGRADED = "degraded"  # nothing can be computed with the nodes there are
     DRAINING = "draining"  # finishing what runs, taking nothing new
 
 
@@ -109,9 +111,8 @@ class Deployment:
     async def serve(self, pipeline: Pipeline) -> str:
         """Answer requests over `pipeline` until it breaks; why it did. A bug of the head itself is raised.
 
-        Generations that were open when an earlier pipeline broke are computed again from their tokens and go on. Those
-        that are open when this one breaks wait for the next `serve` or `give_up`; but one that has seen several break
-        without getting a token in between is the likely cause, and ends with an error.
+        Generations that were open when an earlier pipeline ended are computed again from their tokens and go on. Those
+        that are open when this one breaks, or this is cancelled, wait for the next `serve` or `give_up`.
         """
         self._kv, self._epoch, self.plan = pipeline.kv, pipeline.epoch, pipeline.plan
         driver = self._driver_for(pipeline)
@@ -129,14 +130,20 @@ class Deployment:
                 return str(error)
         finally:
             if self.state is DeploymentState.SERVING:
-                self.state = DeploymentState.DEGRADED
+                self.state = DeploymentState.REPLANNING
             for task in (driving, losing):
                 task.cancel()
             await asyncio.wait({driving, losing})
-            driver.pipeline_lost()
+
+    def pipeline_lost(self) -> None:
+        """The pipeline did not end because somebody wanted it to."""
+        if self._driver is not None:
+            self._driver.pipeline_lost()
 
     def give_up(self) -> None:
-        """End every open generation with UnavailableError: there is nothing that could compute them."""
+        """End every open generation with UnavailableError, and take no new ones: nothing could compute them."""
+        if self.state is DeploymentState.REPLANNING:
+            self.state = DeploymentState.DEGRADED
         if self._driver is not None:
             self._driver.fail_all(self._refusal())
 
@@ -162,9 +169,14 @@ class Deployment:
             self._driver.deliver(self._scheduler.reset(pipeline.epoch, pipeline.kv.num_blocks))
         return self._driver
 
+    @property
+    def takes_requests(self) -> bool:
+        return self.state in (DeploymentState.SERVING, DeploymentState.REPLANNING)
+
     def submit(self, request: GenerationRequest) -> Generation:
-        """Queue a prompt. Raises ContextLengthError, QueueFullError, RequestError; UnavailableError unless serving."""
-        if self.state is not DeploymentState.SERVING or self._driver is None:
+        """Queue a prompt. Raises ContextLengthError, QueueFullError, RequestError, and UnavailableError while it
+        takes no requests."""
+        if not self.takes_requests or self._driver is None:
             raise self._refusal()
         return self._driver.submit(
             SequenceRequest(

@@ -26,6 +26,19 @@ class NodeJoined:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeLeft:
+    node: NodeProfile
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measuring:
+    """How fast the nodes are, which takes some seconds the first time."""
+
+    num_nodes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
     """For that many nodes before a plan is made."""
 
@@ -43,12 +56,14 @@ class ShardLoading:
     stage: StagePlan
     done_bytes: int
     total_bytes: int
+    fetching: bool = False  # from other machines to this one's disk; else from disk to memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardLoaded:
     stage: StagePlan
     load_s: float
+    fetched_bytes: int = 0  # that came over the network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,5 +82,47 @@ class Lost:
     reason: str
 
 
-HeadEvent = Listening | NodeJoined | Waiting | Planned | ShardLoading | ShardLoaded | Serving | Lost
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replanning:
+    """The pipeline works and is given up for a better plan."""
+
+    reason: str
+
+
+HeadEvent = (
+    Listening
+    | NodeJoined
+    | NodeLeft
+    | Measuring
+    | Waiting
+    | Planned
+    | ShardLoading
+    | ShardLoaded
+    | Serving
+    | Lost
+    | Replanning
+)
 Observer = Callable[[HeadEvent], None]
+
+
+def describe(event: HeadEvent) -> str | None:
+    """A line for a list of what happened; None for what is only progress."""
+    match event:
+        case NodeJoined(node=node):
+            return f"{node.name} joined as {node.id}"
+        case NodeLeft(node=node, reason=reason):
+            return f"{node.name} left: {reason}"
+        case Planned(plan=plan):
+            where = ", ".join(
+                f"layers {stage.shard.first_layer}..{stage.shard.last_layer - 1} on {stage.node.name}"
+                for stage in plan.stages
+            )
+            return f"planned {where}"
+        case Serving():
+            return "serving"
+        case Lost(reason=reason):
+            return f"lost: {reason}"
+        case Replanning(reason=reason):
+            return f"another plan: {reason}"
+        case _:
+            return None

@@ -1,6 +1,8 @@
 """The head: it lets nodes join, makes the plan, rolls it out and keeps the deployment served.
 
-    listen ─▶ (own node joins) ─▶ wait for nodes ─▶ plan ─▶ roll out ─▶ serve ─▶ drain ─▶ stop
+    listen ─▶ (own node joins) ─▶ wait for nodes ─▶ measure ─▶ plan ─▶ roll out ─▶ serve ─▶ drain ─▶ stop
+                                                       ▲                              │
+                                                       └── lost, or a better plan ────┘
 
 This file does not know HTTP or terminals; whoever watches gets events. It never imports torch.
 """
@@ -8,48 +10,92 @@ This file does not know HTTP or terminals; whoever watches gets events. It never
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
-import os
-import secrets
 import tempfile
-from collections.abc import AsyncIterator
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from tllm.cluster.agent import Agent, machine_id
+from tllm.cluster.agent import Agent
 from tllm.cluster.deployment import Deployment
-from tllm.cluster.events import Listening, Lost, NodeJoined, Observer, Planned, Serving, Waiting
-from tllm.cluster.membership import Membership
-from tllm.cluster.rollout import Home, Pipeline, roll_out
-from tllm.core.config import EMBEDDED_MODEL, ModelConfig, ServeConfig, join_address, state_directory
-from tllm.core.errors import ConfigError, PlanError, TransportError, UnavailableError
+from tllm.cluster.discovery import Advertiser
+from tllm.cluster.events import (
+    HeadEvent,
+    Listening,
+    Lost,
+    Measuring,
+    NodeJoined,
+    NodeLeft,
+    Observer,
+    Planned,
+    Replanning,
+    Serving,
+    Waiting,
+    describe,
+)
+from tllm.cluster.local import LocalHead, announced
+from tllm.cluster.machine import machine_id
+from tllm.cluster.measurements import Measurements
+from tllm.cluster.membership import Member, Membership
+from tllm.cluster.rollout import Home, Pipeline, Rollout
+from tllm.cluster.shards import ShardStore
+from tllm.cluster.status import ClusterStatus, Joining, NodeState, NodeStatus, StageStatus
+from tllm.core.config import (
+    EMBEDDED_MODEL,
+    ModelConfig,
+    ServeConfig,
+    is_loopback,
+    join_address,
+    split_address,
+    state_directory,
+)
+from tllm.core.errors import ConfigError, PlanError, RequestError, TransportError, UnavailableError
 from tllm.core.types import DType, Epoch
 from tllm.models.checkpoint import Checkpoint
-from tllm.models.repository import resolve_model
+from tllm.models.repository import resolve_headers, resolve_model
 from tllm.models.spec import Shard
-from tllm.planner.profile import ModelProfile
+from tllm.planner.cost import gain
+from tllm.planner.plan import Plan
+from tllm.planner.profile import Load, ModelProfile
 from tllm.planner.search import place
 from tllm.transport import rpc
+from tllm.transport.shards import ShardService
 
 log = logging.getLogger(__name__)
 
 _EMBEDDED_NAME = "tllm-demo"
+_OWN_NODE = "n-local"  # the id of the head's own node
+_WORTH = 0.15  # of speed that a change of plan must gain
+_SETTLE_S = 0.5  # after a change of the nodes, for others that come with it
+_MAX_FAILED = 4  # attempts in a row to build a pipeline, then the open requests end
+_NEWS_S = 0.1  # after a loss, for what else was lost with it to be heard of
+_COOL_DOWN_S = 10.0  # between two changes that nothing but speed asks for
+_NUM_EVENTS = 20  # kept for people who look later
 
 
 class Head:
-    """One served model and the nodes that compute it."""
+    """One served model and the nodes that compute it. Implements `status.Cluster`."""
 
     def __init__(self, config: ServeConfig, observe: Observer) -> None:
         self._config = config
-        self._observe = observe
-        self._token = join_token()
-        self.checkpoint = Checkpoint.open(resolve_model(config.model.model))
+        self._observer = observe
+        self._authority = rpc.Authority.open(state_directory() / "cluster")
+        self._tokens = rpc.TokenStore(self._authority)
+        computes = config.local_node is not None  # else the weights need not be on this machine
+        self.checkpoint = Checkpoint.open((resolve_model if computes else resolve_headers)(config.model.model))
         self.dtype = config.model.dtype or self.checkpoint.dtype
         _require_positions(config.model.max_model_len, self.checkpoint.spec.max_positions)
         self.deployment = Deployment(self.checkpoint, config.model, names=served_names(config.model))
         self.grpc_address = ""
+        self._model = model_profile(self.checkpoint, self.dtype, self.deployment.names[0])
+        self._load = Load(streams=config.streams, max_batch_tokens=config.model.max_batch_tokens)
         self._epochs = itertools.count(1)
+        self._events: deque[str] = deque(maxlen=_NUM_EVENTS)
+        self._membership: Membership | None = None
+        self._measurements: Measurements | None = None
+        self._pipeline: Pipeline | None = None
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[asyncio.Task[None]]:
@@ -57,89 +103,322 @@ class Head:
 
         When the context is left, requests have been drained, nodes told and every process of this machine is gone.
         """
-        deadlines = self._config.deadlines
+        config, deadlines = self._config, self._config.deadlines
         async with AsyncExitStack() as stack:
             sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="tllm-"))
-            membership = Membership(
-                cluster=self.deployment.names[0],
-                token=self._token,
+            self._membership = membership = Membership(
+                cluster=config.cluster,
+                deadlines=deadlines,
                 on_joined=lambda node: self._observe(NodeJoined(node=node)),
+                on_left=lambda node, reason: self._observe(NodeLeft(node=node, reason=reason)),
+                is_revoked=self._tokens.is_revoked,
             )
-            control = rpc.ControlServer(membership.serve)
-            local = f"unix:{sockets}/control.sock"
-            _, self.grpc_address = await control.start([local, join_address(self._config.host, self._config.grpc_port)])
-            stack.push_async_callback(control.aclose)
-            self._observe(Listening(grpc_address=self.grpc_address, token=self._token))
-
-            server = rpc.StageServer()
-            addresses = await server.start([f"unix:{sockets}/home.sock", join_address(self._config.host, 0)])
+            stages = rpc.StageServer()
+            identity = self._authority.identity("head")
+            store = ShardStore()
+            store.offer(self.checkpoint)
+            server = rpc.Server(
+                [
+                    rpc.ControlServer(membership.serve),
+                    stages,
+                    rpc.Enrolment(self._authority, self._tokens),
+                    ShardService(store),
+                ],
+                identity=identity,
+                liveness=rpc.Liveness.of(deadlines),
+                enrols=True,
+            )
+            local = f"unix:{sockets}/head.sock"
+            _, self.grpc_address = await server.start([local, join_address(config.host, config.grpc_port)])
             stack.push_async_callback(server.aclose)
-            home = Home(server=server, machine=machine_id(), addresses=tuple(addresses))
+            pin = self._authority.pin.hex()
+            stack.enter_context(
+                announced(LocalHead(cluster=config.cluster, control=local, pin=pin, grpc_address=self.grpc_address))
+            )
+            self._observe(Listening(grpc_address=self.grpc_address, token=self._tokens.default()))
+            if not is_loopback(config.host):
+                port = split_address(self.grpc_address, default_port=0)[1]
+                advertiser = Advertiser(cluster=config.cluster, host=config.host, port=port, fingerprint=pin)
+                await stack.enter_async_context(advertiser)
 
-            if self._config.local_node is not None:
-                agent = Agent(self._config.local_node, token=self._token, deadlines=deadlines)
-                await stack.enter_async_context(agent.attached(local))
+            if config.local_node is not None:
+                agent = Agent(
+                    config.local_node,
+                    address=local,
+                    identity=self._authority.identity(_OWN_NODE),
+                    deadlines=deadlines,
+                )
+                await stack.enter_async_context(agent.attached())
             stack.push_async_callback(membership.aclose, "the head stopped")
 
-            serving = asyncio.create_task(self._serve(membership, home), name="head")
+            self._measurements = Measurements(self.checkpoint, self.dtype, deadlines)
+            rollout = Rollout(
+                checkpoint=self.checkpoint,
+                dtype=self.dtype,
+                config=config.model,
+                home=Home(stages=stages, identity=identity, machine=machine_id(), host=config.host),
+                deadlines=deadlines,
+                observe=self._observe,
+            )
+            serving = asyncio.create_task(self._serve(membership, rollout), name="head")
             stack.push_async_callback(_cancelled, serving)
             stack.push_async_callback(self.deployment.drain, deadlines.drain_s)
             yield serving
 
-    async def _serve(self, membership: Membership, home: Home) -> None:
-        """Plan, roll out, serve; when the pipeline breaks, again with whoever is left, in a new epoch.
+    def _observe(self, event: HeadEvent) -> None:
+        if (line := describe(event)) is not None:
+            self._events.append(f"{time.strftime('%H:%M:%S')} {line}")
+        self._observer(event)
+
+    # ------------------------------------------------------------------------------------------------- serve
+
+    async def _serve(self, membership: Membership, rollout: Rollout) -> None:
+        """Plan, roll out, serve; when the pipeline breaks, or there is a better plan, again in a new epoch.
 
         What keeps the first pipeline from being built is raised. Later on it ends the open requests with an error, and
         the next try is made when a node joins or leaves, or after a while.
         """
         num_nodes = self._config.num_nodes or 1
-        if len(membership.members) < num_nodes:
+        if sum(member.attached for member in membership.members) < num_nodes:
             self._observe(Waiting(num_nodes=num_nodes))
         await membership.wait_for(num_nodes)
-        pipeline = await self._pipeline(membership, home)
+        pipeline = await self._first_pipeline(membership, rollout)
         while True:
             kv = pipeline.kv
             self._observe(Serving(num_blocks=kv.num_blocks, block_size=kv.block_size, max_model_len=kv.max_model_len))
+            self._pipeline = pipeline
+            num_tokens = self.deployment.statistics().num_output_tokens
             try:
-                reason = await self.deployment.serve(pipeline)
+                reason = await self._serve_until_lost_or_bettered(pipeline, membership, rollout)
             finally:
+                self._pipeline = None
                 await pipeline.aclose()
-            self._observe(Lost(reason=reason))
-            pipeline = await self._rebuilt(membership, home)
+            if self.deployment.statistics().num_output_tokens > num_tokens:  # they worked
+                for worker in pipeline.workers:
+                    worker.member.forgive()
+            if reason is not None:
+                self._observe(Lost(reason=reason))
+                self.deployment.pipeline_lost()
+                for member in membership.members:  # their data streams are gone like their control streams
+                    membership.forget(member, "its part of the pipeline broke while it could not be reached")
+            pipeline = await self._rebuilt(membership, rollout)
 
-    async def _rebuilt(self, membership: Membership, home: Home) -> Pipeline:
+    async def _serve_until_lost_or_bettered(
+        self, pipeline: Pipeline, membership: Membership, rollout: Rollout
+    ) -> str | None:
+        """Why the pipeline broke, or None when it is to be given up for a better one, for which all is prepared."""
+        serving = asyncio.create_task(self.deployment.serve(pipeline), name="serve pipeline")
+        bettering = asyncio.create_task(self._better_plan(pipeline, membership, rollout), name="better plan")
+        try:
+            await asyncio.wait({serving, bettering}, return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                return serving.result()
+            self._observe(Replanning(reason=bettering.result()))
+            return None
+        finally:
+            for task in (serving, bettering):
+                task.cancel()
+            await asyncio.wait({serving, bettering})
+
+    async def _better_plan(self, pipeline: Pipeline, membership: Membership, rollout: Rollout) -> str:
+        """Watch the nodes until a plan without one that is to go, or a plan that is much faster, is prepared; why."""
+        not_before_s = time.monotonic() + _COOL_DOWN_S
+        changed = membership.next_change()
+        while True:
+            leaving = [
+                stage.node.name
+                for stage, worker in zip(pipeline.plan.stages, pipeline.workers, strict=True)
+                if worker.member.draining
+            ]
+            if self._config.use_all:
+                not_before_s = 0.0
+            delay_s = 0.0 if leaving else max(0.0, not_before_s - time.monotonic())
+            if delay_s == 0 and (reason := await self._prepared(pipeline, membership, rollout, leaving)) is not None:
+                return reason
+            await asyncio.wait({changed}, timeout=delay_s or None)
+            if changed.done():
+                changed = membership.next_change()
+                await asyncio.sleep(_SETTLE_S)
+
+    async def _prepared(
+        self, pipeline: Pipeline, membership: Membership, rollout: Rollout, leaving: Sequence[str]
+    ) -> str | None:
+        """Why another plan should take the place of this one, once its new workers have loaded; None: it should not."""
+        try:
+            plan = await self._plan(membership)
+            used, wanted = ({stage.node.id for stage in one.stages} for one in (pipeline.plan, plan))
+            if leaving:
+                reason = f"{', '.join(leaving)} is to go"
+            elif self._config.use_all:
+                if not wanted > used:
+                    return None
+                reason = "every node is to have a part"
+            else:
+                old, new = pipeline.plan.prediction, plan.prediction
+                if old is None or new is None or (gained := gain(old, new, self._load)) <= _WORTH:
+                    return None
+                reason = f"another plan is {gained:.0%} faster"
+            log.info("preparing another plan: %s", reason)
+            await rollout.prepare(plan, {member.profile.id: member for member in membership.members})
+            return reason
+        except (PlanError, UnavailableError) as error:
+            log.warning("the plan in force stays: %s", error)
+            return None
+
+    async def _first_pipeline(self, membership: Membership, rollout: Rollout) -> Pipeline:
         while True:
             changed = membership.next_change()
             try:
-                return await self._pipeline(membership, home)
-            except (PlanError, UnavailableError, TransportError) as error:
-                # A plan for a node that turned out to be gone says nothing of those that are left.
-                if not changed.done():
-                    log.warning("cannot serve with the nodes there are: %s", error)
-                    self._observe(Lost(reason=str(error)))
-                    self.deployment.give_up()
-            await asyncio.wait({changed}, timeout=self._config.deadlines.retry_s)
+                return await self._new_pipeline(membership, rollout)
+            except UnavailableError as error:
+                if not changed.done() and not any(member.rests_s() for member in membership.members):
+                    raise
+                log.warning("trying again: %s", error)
 
-    async def _pipeline(self, membership: Membership, home: Home) -> Pipeline:
+    async def _rebuilt(self, membership: Membership, rollout: Rollout) -> Pipeline:
+        """A pipeline of whoever is left, tried until there is one.
+
+        Workers that turn out to be gone while it is built say nothing of those that are left. A node that cannot be
+        reached just now may be back in a moment, and one that rests will be: a little of that is waited for before the
+        open requests end.
+        """
+        deadlines = self._config.deadlines
+        await asyncio.sleep(_NEWS_S)
+        give_up_s = time.monotonic() + deadlines.patience_s
+        num_failed = 0
+        while True:
+            changed = membership.next_change()
+            rests = [member.rests_s() for member in membership.members if member.rests_s() > 0]
+            try:
+                return await self._new_pipeline(membership, rollout)
+            except (UnavailableError, TransportError) as error:
+                log.warning("could not serve: %s", error)
+                num_failed += 1
+                if num_failed < _MAX_FAILED:
+                    continue
+                reason = str(error)
+            except PlanError as error:
+                log.warning("cannot serve with the nodes there are: %s", error)
+                waits = rests or any(not member.attached for member in membership.members)
+                if waits and (left_s := give_up_s - time.monotonic()) > 0:
+                    await asyncio.wait({changed}, timeout=min([left_s, *rests]))
+                    continue
+                reason = str(error)
+            if not changed.done():
+                self._observe(Lost(reason=reason))
+                self.deployment.give_up()
+            await asyncio.wait({changed}, timeout=min([deadlines.retry_s, *rests]))
+
+    async def _new_pipeline(self, membership: Membership, rollout: Rollout) -> Pipeline:
+        plan = await self._plan(membership)
+        self._observe(Planned(model=self._model, plan=plan))
+        # A new epoch for every attempt: what is left of one cannot enter the next.
         members = {member.profile.id: member for member in membership.members}
-        model = model_profile(self.checkpoint, self.dtype, self.deployment.names[0])
-        plan = place(
-            model,
-            [member.profile for member in members.values()],
+        return await rollout.roll_out(plan, Epoch(next(self._epochs)), members)
+
+    async def _plan(self, membership: Membership) -> Plan:
+        """The best for the nodes that can be used now; measures those that it knows nothing of, if that can matter."""
+        assert self._measurements is not None
+        usable = membership.usable
+        if len(usable) > 1 and self._measurements.missing(usable):
+            self._observe(Measuring(num_nodes=len(usable)))
+            await self._measurements.take(usable)
+            usable = tuple(member for member in usable if member.state is NodeState.READY)
+        return place(
+            self._model,
+            [self._measurements.profile(member) for member in usable],
             min_kv_positions=self._config.model.max_model_len or self._config.model.block_size,
+            links=self._measurements.links(usable),
+            load=self._load,
+            head_machine=machine_id(),
+            use_all=self._config.use_all,
         )
-        self._observe(Planned(model=model, plan=plan))
-        return await roll_out(
-            plan=plan,
-            epoch=Epoch(next(self._epochs)),  # a new one for every attempt: what is left of one cannot enter the next
-            checkpoint=self.checkpoint,
-            dtype=self.dtype,
-            config=self._config.model,
-            members=members,
-            home=home,
-            deadlines=self._config.deadlines,
-            observe=self._observe,
+
+    # ------------------------------------------------------------------------------------------------ status
+
+    def status(self) -> ClusterStatus:
+        plan = self.deployment.plan
+        prediction = plan.prediction if plan is not None else None
+        members = self._membership.members if self._membership is not None else ()
+        return ClusterStatus(
+            cluster=self._config.cluster,
+            model=self.deployment.names[0],
+            state=self.deployment.state,
+            epoch=self.deployment.statistics().epoch,
+            nodes=tuple(self._node_status(member) for member in members),
+            predicted_ttft_s=prediction.ttft_s if prediction else None,
+            predicted_tokens_per_s=prediction.tokens_per_s if prediction else None,
+            bound_by=prediction.bound if prediction else "",
+            events=tuple(self._events),
         )
+
+    def _node_status(self, member: Member) -> NodeStatus:
+        profile = member.profile
+        pipeline = self._pipeline
+        kv = pipeline.kv if pipeline is not None else None
+        stages = [stage for stage in pipeline.plan.stages if stage.node.id == profile.id] if pipeline else []
+        dropped = [line for line in pipeline.plan.dropped if line.startswith(f"{profile.name}:")] if pipeline else []
+        return NodeStatus(
+            id=profile.id,
+            name=profile.name,
+            host=profile.host,
+            state=member.state,
+            reason=member.reason or (dropped[0].partition(": ")[2] if dropped and not stages else ""),
+            platform=profile.platform,
+            device=profile.device,
+            num_threads=profile.num_threads,
+            memory_bytes=profile.memory_bytes,
+            free_bytes=member.free_bytes,
+            decode_tokens_per_s=self._measurements.alone_tokens_per_s(member) if self._measurements else None,
+            rtt_s=member.rtt_s,
+            stages=tuple(
+                StageStatus(
+                    first_layer=stage.shard.first_layer,
+                    last_layer=stage.shard.last_layer,
+                    embed=stage.shard.embed,
+                    head=stage.shard.head,
+                    weight_bytes=stage.held_bytes,
+                    kv_bytes=kv.num_blocks * kv.block_size * stage.kv_bytes_per_position if kv else 0,
+                )
+                for stage in stages
+            ),
+        )
+
+    def joining(self) -> Joining:
+        port = split_address(self.grpc_address, default_port=0)[1]
+        return Joining(cluster=self._config.cluster, grpc_port=port, fingerprint=self._authority.pin.hex())
+
+    async def drain(self, node: str) -> None:
+        """As in `status.Cluster`. Returns when the plan in force does without the node."""
+        member, membership = self._find(node)
+        others = [other.profile for other in membership.usable if other is not member]
+        place(  # raises PlanError when the model does not fit without it
+            self._model, others, min_kv_positions=self._config.model.max_model_len or self._config.model.block_size
+        )
+        member.draining = True
+        membership.tell()
+        while self._pipeline is None or any(worker.member is member for worker in self._pipeline.workers):
+            await asyncio.wait({membership.next_change()}, timeout=0.1)
+        for worker in list(member.workers.values()):
+            await member.stop_worker(worker, 2 * self._config.deadlines.stop_s)
+
+    async def undrain(self, node: str) -> None:
+        """As in `status.Cluster`."""
+        member, membership = self._find(node)
+        member.draining = False
+        membership.tell()
+
+    def _find(self, node: str) -> tuple[Member, Membership]:
+        membership = self._membership
+        member = membership.find(node) if membership is not None else None
+        if membership is None or member is None:
+            names = (
+                [f"{member.profile.id} ({member.profile.name})" for member in membership.members] if membership else []
+            )
+            raise RequestError(
+                f"There is no node {node!r}; there is: {', '.join(names) or 'none yet'}.", code="not_found"
+            )
+        return member, membership
 
 
 def _require_positions(max_model_len: int | None, max_positions: int) -> None:
@@ -177,21 +456,5 @@ def model_profile(checkpoint: Checkpoint, dtype: DType, name: str) -> ModelProfi
         head_bytes=num_bytes(0, 0, head=True),
         tied=spec.tied,
         kv_bytes_per_position=spec.kv_bytes_per_position(1, dtype),
+        hidden_bytes=spec.hidden_size * dtype.num_bytes,
     )
-
-
-def join_token() -> str:
-    """The secret that nodes show to join heads of this machine; made once, readable by this user alone."""
-    path = state_directory() / "token"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if not path.exists():
-        # Complete before it has its name: nobody can read half a token, and of two who write at once the first wins.
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix="token-") as file:  # mode 0600
-            file.write(secrets.token_urlsafe(24))
-            file.flush()
-            with contextlib.suppress(FileExistsError):
-                os.link(file.name, path)
-    token = path.read_text().strip()
-    if not token:
-        raise ConfigError(f"The join token in {path} is empty. Remove the file; a new one is made at the next start.")
-    return token

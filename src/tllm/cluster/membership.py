@@ -1,18 +1,29 @@
 """Who is attached to this head: nodes, and a handle for every worker that one of them runs.
 
+    attached ──stream lost──▶ unreachable ──same agent again──▶ attached
+        │                          └── not within `rejoin_s` ──▶ gone
+        └── left, or another agent took its place ──▶ gone
+
+A node whose control stream is lost is kept for a while: its workers' data streams do not pass through its agent, and
+decide for themselves whether they are alive. It gets no part in a new plan until it is back.
+
 This file does not know models or plans, nor what is to be done when somebody leaves.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import itertools
 import logging
+import secrets
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from tllm import __version__
+from tllm.cluster.status import NodeState
+from tllm.core.config import Deadlines
 from tllm.core.errors import TllmError, TransportError
 from tllm.planner.profile import NodeProfile
 from tllm.transport import rpc
@@ -22,42 +33,97 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_FIRST_REST_S = 1.0  # of a node whose worker crashed or could not be reached; doubled every time
+_LAST_REST_S = 60.0
+
+_order_numbers = itertools.count(1)
+
 
 class WorkerLostError(TllmError):
     """A worker reported a failure, ended, or its node is gone; the message is the reason."""
 
 
 class WorkerHandle:
-    """The head's end of one worker: orders go out, the events that answer them come back as futures."""
+    """The head's end of one worker process: orders go out, the events that answer them come back as futures.
 
-    def __init__(self, worker_id: str, member: Member, on_loading: Callable[[int, int], None]) -> None:
+    One process may serve several plans, one after the other; `loaded`, `ready` and `lost` belong to its present task.
+    """
+
+    def __init__(self, worker_id: str, member: Member) -> None:
         loop = asyncio.get_running_loop()
         self.id = worker_id
         self.member = member
+        self.exited: asyncio.Future[None] = loop.create_future()  # its process is gone
+        self.holds: pb.Load | None = None  # the shard in its memory, or on the way there; None when nobody knows
+        self.engaged = False  # part of a pipeline
+        self.stopping = False
+        self._epoch = 0
+        self._on_loading: Callable[[pb.Loading], None] = lambda loading: None
+        self.engage(self._on_loading)
+        self.engaged = False
+
+    def engage(self, on_loading: Callable[[pb.Loading], None]) -> None:
+        """A new task; what came of the one before is forgotten."""
+        loop = asyncio.get_running_loop()
         self.loaded: asyncio.Future[pb.Loaded] = loop.create_future()
         self.ready: asyncio.Future[pb.Ready] = loop.create_future()
         self.lost: asyncio.Future[str] = loop.create_future()
-        self.exited: asyncio.Future[None] = loop.create_future()  # its process is gone
+        self.engaged = True
+        self._epoch = 0
         self._on_loading = on_loading
 
+    async def load(self, load: pb.Load) -> None:
+        """Raises TransportError when the node cannot be reached."""
+        load.number = next(_order_numbers)
+        self.holds = load
+        await self.order(pb.WorkerOrder(load=load))
+
+    async def start(self, start: pb.Start) -> None:
+        """Raises TransportError when the node cannot be reached."""
+        self._epoch = start.limits.epoch
+        await self.order(pb.WorkerOrder(start=start))
+
     async def order(self, order: pb.WorkerOrder) -> None:
-        """Raises TransportError when the node is gone."""
+        """Raises TransportError when the node cannot be reached."""
         order.worker_id = self.id
-        await self.member.peer.send(pb.HeadMessage(worker=order))
+        await self.member.send(pb.HeadMessage(worker=order))
 
     def take(self, event: pb.WorkerEvent) -> None:
         match event.WhichOneof("event"):
             case "loading":
-                self._on_loading(event.loading.done_bytes, event.loading.total_bytes)
-            case "loaded":
+                self._on_loading(event.loading)
+            case "loaded" if self.holds is not None and event.loaded.number == self.holds.number:
                 _answer(self.loaded, event.loaded)
-            case "ready":
+            case "ready" if event.ready.epoch == self._epoch:
                 _answer(self.ready, event.ready)
-            case "failed":
-                self.lose(event.failed.reason)
+            case "failed":  # of an earlier task: no news
+                if self.holds is not None and event.failed.number == self.holds.number:
+                    self.holds = None
+                    self.lose(event.failed.reason)
+                elif event.failed.epoch and event.failed.epoch == self._epoch:
+                    self.lose(event.failed.reason)
             case "exited":
-                _answer(self.exited, None)
-                self.lose(f"its process ended with code {event.exited.code}. {event.exited.reason}".strip())
+                self.end(f"its process ended with code {event.exited.code}. {event.exited.reason}".strip())
+                if not self.stopping:
+                    self.member.strike()
+
+    def resume(self, state: pb.WorkerState) -> None:
+        """What its agent knows of it, after a time in which the head heard nothing."""
+        if self.holds is None or state.load.number != self.holds.number:
+            self.holds = state.load if state.HasField("loaded") else None
+        if state.HasField("loaded"):
+            self.take(pb.WorkerEvent(loaded=state.loaded))
+        if state.epoch:
+            self.take(pb.WorkerEvent(ready=pb.Ready(epoch=state.epoch)))
+        if state.HasField("failed"):
+            self.take(pb.WorkerEvent(failed=state.failed))
+
+    def end(self, reason: str) -> None:
+        """Its process is gone."""
+        self.holds = None
+        self.member.workers.pop(self.id, None)
+        _answer(self.exited, None)
+        self.lose(reason)
 
     def lose(self, reason: str) -> None:
         """Whoever waits for this worker hears of it; the first reason is kept."""
@@ -77,20 +143,67 @@ def _answer(future: asyncio.Future[T], value: T) -> None:
 
 
 class Member:
-    """One attached node."""
+    """One node, attached or for a while not."""
 
-    def __init__(self, profile: NodeProfile, peer: rpc.ControlPeer) -> None:
+    def __init__(self, profile: NodeProfile, instance: str) -> None:
         self.profile = profile
-        self.peer = peer
+        self.instance = instance
+        self.addresses: tuple[str, ...] = ()  # of its agent's own server
+        self.token_id = ""
         self.workers: dict[str, WorkerHandle] = {}
+        self.draining = False
+        self.rtt_s: float | None = None
+        self.free_bytes: int | None = None
+        self.reason = ""  # why it is not attached, or rests
+        self._peer: rpc.ControlPeer | None = None
+        self._beat = (0, 0.0)  # the last heartbeat's number, and when it was sent
+        self._num_strikes = 0
+        self._rests_until_s = 0.0
+        self._measured: dict[str, asyncio.Future[pb.AgentMessage]] = {}
 
-    def new_worker(self, worker_id: str, on_loading: Callable[[int, int], None]) -> WorkerHandle:
-        handle = WorkerHandle(worker_id, self, on_loading)
-        self.workers[worker_id] = handle
+    @property
+    def attached(self) -> bool:
+        return self._peer is not None
+
+    @property
+    def state(self) -> NodeState:
+        if self._peer is None:
+            return NodeState.UNREACHABLE
+        if self.draining:
+            return NodeState.DRAINING
+        return NodeState.RESTING if self.rests_s() > 0 else NodeState.READY
+
+    def rests_s(self) -> float:
+        """Seconds until it may have a part in a plan again."""
+        return max(0.0, self._rests_until_s - time.monotonic())
+
+    def strike(self, reason: str = "a worker crashed there") -> None:
+        """Something went wrong on this node: leave it out for a while, the longer the more often that happens."""
+        now_s = time.monotonic()
+        # The first time may be chance, and a machine without others has nobody else to ask.
+        rest_s = min(_FIRST_REST_S * 2 ** (self._num_strikes - 1), _LAST_REST_S) if self._num_strikes else 0.0
+        self._num_strikes += 1
+        self._rests_until_s = now_s + rest_s
+        self.reason = reason if rest_s else ""
+
+    def forgive(self) -> None:
+        """It worked: what went wrong before does not count any more."""
+        self._num_strikes, self._rests_until_s = 0, 0.0
+
+    async def send(self, message: pb.HeadMessage) -> None:
+        """Raises TransportError when the node cannot be reached."""
+        if self._peer is None:
+            raise TransportError(f"{self.profile.name} cannot be reached: {self.reason}")
+        await self._peer.send(message)
+
+    def new_worker(self) -> WorkerHandle:
+        handle = WorkerHandle(f"w-{secrets.token_hex(4)}", self)
+        self.workers[handle.id] = handle
         return handle
 
     async def stop_worker(self, handle: WorkerHandle, deadline_s: float) -> None:
         """Tell it to end, wait until its memory is free, and forget it; a node that is gone has ended it already."""
+        handle.stopping = True
         try:
             await handle.order(pb.WorkerOrder(stop=pb.Stop()))
             await asyncio.wait({handle.exited}, timeout=deadline_s)
@@ -99,94 +212,236 @@ class Member:
         finally:
             self.workers.pop(handle.id, None)
 
+    async def ask(self, message: pb.HeadMessage, key: str, timeout_s: float) -> pb.AgentMessage:
+        """A measurement and its answer, which carries the same key. Raises TransportError when none comes."""
+        answer: asyncio.Future[pb.AgentMessage] = asyncio.get_running_loop().create_future()
+        self._measured[key] = answer
+        try:
+            await self.send(message)
+            async with asyncio.timeout(timeout_s):
+                return await answer
+        except TimeoutError as error:
+            raise TransportError(f"{self.profile.name} did not measure within {timeout_s:g} s") from error
+        finally:
+            self._measured.pop(key, None)
+
+    def take(self, message: pb.AgentMessage) -> None:
+        match message.WhichOneof("message"):
+            case "worker":
+                if (worker := self.workers.get(message.worker.worker_id)) is not None:
+                    worker.take(message.worker)
+            case "measured":
+                self._answer(message.measured.key, message)
+            case "measured_link":
+                self._answer(message.measured_link.node_id, message)
+            case "heartbeat":
+                self.free_bytes = message.heartbeat.free_bytes
+                number, sent_s = self._beat
+                if message.heartbeat.id == number:
+                    rtt_s = time.perf_counter() - sent_s
+                    self.rtt_s = rtt_s if self.rtt_s is None else 0.8 * self.rtt_s + 0.2 * rtt_s
+
+    async def beat(self, peer: rpc.ControlPeer, number: int) -> None:
+        self._beat = number, time.perf_counter()
+        await peer.send(pb.HeadMessage(heartbeat=pb.Heartbeat(id=number)))
+
+    def _answer(self, key: str, message: pb.AgentMessage) -> None:
+        if (asked := self._measured.get(key)) is not None:
+            _answer(asked, message)
+
+    def take_stream(self, peer: rpc.ControlPeer, attach: pb.Attach) -> rpc.ControlPeer | None:
+        """A stream of its agent, the first or another one; returns the one that it replaces."""
+        before, self._peer = self._peer, peer
+        self.addresses = tuple(attach.addresses)
+        self.reason = ""
+        known = {state.worker_id: state for state in attach.workers}
+        for worker in list(self.workers.values()):
+            if (state := known.pop(worker.id, None)) is None:
+                worker.end("its process ended while its node could not be reached")
+            else:
+                worker.resume(state)
+        for state in known.values():  # from before this head
+            worker = self.workers[state.worker_id] = WorkerHandle(state.worker_id, self)
+            worker.resume(state)
+        return before
+
+    def lose_stream(self, peer: rpc.ControlPeer, reason: str) -> bool:
+        """Whether the node cannot be reached any more: not so when another stream has taken its place."""
+        if self._peer is not peer:
+            return False
+        self._peer, self.reason = None, reason
+        return True
+
+    def end(self, reason: str) -> None:
+        """The node is gone, and what it ran with it."""
+        self._peer, self.reason = None, reason
+        for worker in list(self.workers.values()):
+            worker.end(f"its node is gone: {reason}")
+
+    async def let_go(self, reason: str, *, again: bool) -> None:
+        """Tell its agent that the head wants it no longer; `again`: until it comes back."""
+        if (peer := self._peer) is None:
+            return
+        try:
+            await peer.send(pb.HeadMessage(shutdown=pb.Shutdown(reason=reason, again=again)))
+        except TransportError:
+            log.info("%s was gone already", self.profile.name)
+        await peer.aclose()
+
 
 class Membership:
-    """All attached nodes, in the order in which they came."""
+    """All nodes, in the order in which they came."""
 
-    def __init__(self, *, cluster: str, token: str, on_joined: Callable[[NodeProfile], None]) -> None:
+    def __init__(
+        self,
+        *,
+        cluster: str,
+        deadlines: Deadlines,
+        on_joined: Callable[[NodeProfile], None],
+        on_left: Callable[[NodeProfile, str], None],
+        is_revoked: Callable[[str], bool],
+    ) -> None:
         self._cluster = cluster
-        self._token = token
+        self._instance = secrets.token_hex(8)
+        self._deadlines = deadlines
         self._on_joined = on_joined
+        self._on_left = on_left
+        self._is_revoked = is_revoked
         self._members: dict[str, Member] = {}
-        self._numbers = itertools.count(1)
+        self._forgetting: set[asyncio.Task[None]] = set()
         self._change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
     def members(self) -> tuple[Member, ...]:
         return tuple(self._members.values())
 
+    @property
+    def usable(self) -> tuple[Member, ...]:
+        """Those that a plan may use now."""
+        return tuple(member for member in self.members if member.state is NodeState.READY)
+
     async def serve(self, peer: rpc.ControlPeer, attach: pb.Attach) -> None:
         """One node's control stream, from its first message to its end."""
-        if (reason := self._refusal(attach)) is not None:
+        if (reason := self._refusal(peer, attach)) is not None:
             log.warning("refused %s at %s: %s", attach.profile.name, peer.address, reason)
             await peer.send(pb.HeadMessage(refused=pb.Refused(reason=reason)))
             return
-        member = Member(_profile(f"node{next(self._numbers)}", attach.profile), peer)
-        await peer.send(pb.HeadMessage(welcome=pb.Welcome(node_id=member.profile.id, cluster=self._cluster)))
-        reason = "its agent closed the connection"
+        await peer.send(pb.HeadMessage(welcome=pb.Welcome(cluster=self._cluster, instance=self._instance)))
+        member = await self._add(peer, attach)
+        beating = asyncio.create_task(self._beat(member, peer), name="heartbeats")
         try:
-            self._add(member)
             async for message in peer:
-                if message.WhichOneof("message") != "worker":
-                    continue
-                if (worker := member.workers.get(message.worker.worker_id)) is not None:
-                    worker.take(message.worker)
+                member.take(message)
         except TransportError as error:
-            reason = str(error)
+            if member.lose_stream(peer, str(error)):
+                log.warning("%s cannot be reached: %s", member.profile.name, error)
+                task = asyncio.create_task(self._forget_unless_back(member), name="forget node")
+                self._forgetting.add(task)
+                task.add_done_callback(self._forgetting.discard)
+                self.tell()
+        else:
+            if member.lose_stream(peer, "it left"):
+                self._remove(member, "it left")
         finally:
-            self._remove(member, reason)
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
 
-    def _refusal(self, attach: pb.Attach) -> str | None:
-        if not hmac.compare_digest(attach.token.encode(), self._token.encode()):
-            return "The join token is wrong. The head prints the right one when it starts."
+    def _refusal(self, peer: rpc.ControlPeer, attach: pb.Attach) -> str | None:
         if attach.protocol != rpc.PROTOCOL:
             return (
                 f"The node runs tllm {attach.version} (protocol {attach.protocol}) and the head tllm {__version__} "
                 f"(protocol {rpc.PROTOCOL}). Install the same version on both."
             )
+        if peer.name and peer.name != attach.node_id:
+            return f"The node calls itself {attach.node_id}, but its certificate says {peer.name}."
+        if peer.token_id and self._is_revoked(peer.token_id):
+            return "The join token by which this node came was revoked. Join again with another one."
+        if not attach.node_id:
+            return "The node has no id. Join with a token."
         return None
 
-    def _add(self, member: Member) -> None:
-        self._members[member.profile.id] = member
-        log.info("%s joined as %s", member.profile.name, member.profile.id)
-        self._on_joined(member.profile)
-        self._tell()
+    async def _add(self, peer: rpc.ControlPeer, attach: pb.Attach) -> Member:
+        profile = _profile(attach)
+        known = self._members.get(profile.id)
+        if known is not None and known.instance == attach.instance:
+            member = known
+        else:
+            member = Member(profile, attach.instance)
+            if known is not None:
+                member.draining = known.draining
+                await known.let_go("another agent with this node's identity took its place", again=False)
+                known.end("its agent was started again")
+        member.token_id = peer.token_id
+        member.profile = replace(profile, speed=member.profile.speed)
+        if (before := member.take_stream(peer, attach)) is not None:
+            await before.aclose()
+        self._members[profile.id] = member
+        log.info("%s %s as %s", profile.name, "is back" if member is known else "joined", profile.id)
+        if known is None:
+            self._on_joined(profile)
+        self.tell()
+        return member
+
+    async def _beat(self, member: Member, peer: rpc.ControlPeer) -> None:
+        """The round trip, now and then. Whether the node is there at all, the transport watches more closely."""
+        for number in itertools.count(1):
+            try:
+                await member.beat(peer, number)
+            except TransportError:
+                return
+            await asyncio.sleep(2 * self._deadlines.heartbeat_s)
+
+    async def _forget_unless_back(self, member: Member) -> None:
+        await asyncio.sleep(self._deadlines.rejoin_s)
+        if not member.attached and self._members.get(member.profile.id) is member:
+            self._remove(member, f"it could not be reached for {self._deadlines.rejoin_s:g} s")
+
+    def forget(self, member: Member, reason: str) -> None:
+        """A node that cannot be reached, and whose workers turned out to be gone."""
+        if not member.attached and self._members.get(member.profile.id) is member:
+            self._remove(member, reason)
 
     def _remove(self, member: Member, reason: str) -> None:
-        del self._members[member.profile.id]
+        self._members.pop(member.profile.id, None)
         log.info("%s left: %s", member.profile.name, reason)
-        for worker in list(member.workers.values()):
-            worker.lose(f"its node is gone: {reason}")
-            _answer(worker.exited, None)
-        self._tell()
+        member.end(reason)
+        self._on_left(member.profile, reason)
+        self.tell()
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Something changed: whoever waits for `next_change` looks again."""
         change, self._change = self._change, asyncio.get_running_loop().create_future()
         change.set_result(None)
 
     def next_change(self) -> asyncio.Future[None]:
-        """Done when somebody joins or leaves after this call."""
+        """Done when somebody joins, leaves, drains or comes back after this call."""
         return self._change
 
-    async def wait_for(self, num_nodes: int) -> tuple[Member, ...]:
+    async def wait_for(self, num_nodes: int) -> None:
         """Until that many nodes are attached. There is no deadline: a person starts the other machines."""
-        while len(self._members) < num_nodes:
+        while sum(member.attached for member in self.members) < num_nodes:
             await asyncio.shield(self._change)  # others wait for the same one
-        return self.members
+
+    def find(self, name: str) -> Member | None:
+        """By id, or by name where only one has it."""
+        if name in self._members:
+            return self._members[name]
+        named = [member for member in self.members if member.profile.name == name]
+        return named[0] if len(named) == 1 else None
 
     async def aclose(self, reason: str) -> None:
-        """Tell every node that the head lets it go."""
-        for member in self.members:
-            try:
-                await member.peer.send(pb.HeadMessage(shutdown=pb.Shutdown(reason=reason)))
-            except TransportError:
-                log.info("%s was gone already", member.profile.name)
-            await member.peer.aclose()
+        """Let every node go."""
+        self._on_left = lambda node, reason: None  # nobody wonders
+        await asyncio.gather(*(member.let_go(reason, again=True) for member in self.members))
+        for task in list(self._forgetting):
+            task.cancel()
+        await asyncio.gather(*self._forgetting, return_exceptions=True)
 
 
-def _profile(node_id: str, profile: pb.NodeProfile) -> NodeProfile:
+def _profile(attach: pb.Attach) -> NodeProfile:
+    profile = attach.profile
     return NodeProfile(
-        id=node_id,
+        id=attach.node_id,
         name=profile.name,
         machine=profile.machine,
         host=profile.host,

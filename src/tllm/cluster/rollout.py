@@ -1,5 +1,7 @@
-"""Carry out a plan: workers are spawned and load their shards side by side, then the pipeline is joined from its end.
+"""Carry out a plan: stages are given to workers that hold most of them already, or to new ones, which load what they
+lack side by side; then the pipeline is joined from its end.
 
+    assign  stages to workers; the others end, and their memory is free
     load    all stages at once
     start   last stage first, each connecting to the next, which already listens
     link    the head connects to the first stage
@@ -10,30 +12,28 @@ This file does not know requests, nor what happens when a pipeline breaks.
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from tllm.cluster.agent import local_host_towards
 from tllm.cluster.events import Observer, ShardLoaded, ShardLoading
+from tllm.cluster.machine import local_host_towards
 from tllm.cluster.membership import Member, WorkerHandle, WorkerLostError
-from tllm.core.config import Deadlines, ModelConfig, join_address
-from tllm.core.errors import PlanError, UnavailableError
+from tllm.core.config import Deadlines, ModelConfig, is_unspecified, join_address, split_address
+from tllm.core.errors import PlanError, TransportError, UnavailableError
 from tllm.core.types import DType, Epoch
 from tllm.core.units import format_bytes
 from tllm.models.checkpoint import Checkpoint
 from tllm.planner.plan import Plan, StagePlan
-from tllm.planner.profile import NodeProfile
+from tllm.planner.profile import HEAD, NodeProfile
 from tllm.transport import rpc, wire
 from tllm.transport import wire_pb2 as pb
-from tllm.transport.base import FrameLimits, Link
+from tllm.transport.base import FrameLimits
 
 _KV_SHARE = 0.5  # of what is free on a device after loading, when nobody says how much
 _KV_SEQUENCES = 8  # contexts of full length that the KV cache need not exceed, when nobody says how much
 _KV_MIN_POSITIONS = 65536  # however short the context
-
-_worker_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,18 +47,12 @@ class KVShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Home:
-    """Where results come home to: the head's own data server."""
+    """The head as the ends of a pipeline see it: results come to its data server, steps leave with its identity."""
 
-    server: rpc.StageServer
+    stages: rpc.StageServer
+    identity: rpc.Identity
     machine: str
-    addresses: tuple[str, ...]
-
-    def addresses_for(self, node: NodeProfile) -> list[str]:
-        """Where `node` reaches the head: a Unix socket on the head's machine, else the interface that faces it."""
-        if node.machine == self.machine:
-            return list(self.addresses)
-        ports = [int(address.rpartition(":")[2]) for address in _reachable(self.addresses, same_machine=False)]
-        return [join_address(local_host_towards(join_address(node.host, port)), port) for port in ports]
+    host: str  # that it listens on, which other machines reach; loopback when none can
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,149 +64,285 @@ class Pipeline:
     kv: KVShape
     limits: FrameLimits
     workers: tuple[WorkerHandle, ...]
-    link: Link
+    link: rpc.RpcLink
     inbox: rpc.Inbox
-    stop_s: float  # that a worker may take to end, before it is ended
 
     async def lost(self) -> str:
-        """Wait for the first worker to be lost; why."""
-        done, _ = await asyncio.wait([worker.lost for worker in self.workers], return_when=asyncio.FIRST_COMPLETED)
-        return next(iter(done)).result()
+        """Wait for the first worker, or the link to the first, to be lost; why."""
+        link = asyncio.create_task(self.link.wait_lost(), name="first link lost")
+        try:
+            done, _ = await asyncio.wait(
+                [*(worker.lost for worker in self.workers), link], return_when=asyncio.FIRST_COMPLETED
+            )
+            return min(done, key=lambda future: future is link).result()  # a worker's own words say more
+        finally:
+            link.cancel()
+            await asyncio.wait({link})
 
     async def aclose(self) -> None:
-        """Close the links and end the workers; when this returns, their memory is free for the next plan's."""
-        await self.link.aclose()
-        await self.inbox.aclose()
-        await _stop(self.workers, self.stop_s)
+        """Close the links. The workers keep their weights, for the next plan."""
+        for worker in self.workers:
+            worker.engaged = False
+        await asyncio.gather(self.link.aclose(), self.inbox.aclose())
 
 
-async def roll_out(
-    *,
-    plan: Plan,
-    epoch: Epoch,
-    checkpoint: Checkpoint,
-    dtype: DType,
-    config: ModelConfig,
-    members: Mapping[str, Member],
-    home: Home,
-    deadlines: Deadlines,
-    observe: Observer,
-) -> Pipeline:
-    """The plan's pipeline, ready for steps of `epoch`. `members` maps node ids to members.
+class Rollout:
+    """Puts plans of one model into force on the members of a cluster."""
 
-    Raises UnavailableError when a worker fails or takes longer than its deadline, PlanError when a device has no room
-    for KV. Whatever was spawned is stopped then.
-    """
-    workers = [_new_worker(stage, members[stage.node.id], observe) for stage in plan.stages]
-    try:
-        async with asyncio.timeout(deadlines.load_s):
-            loaded = await _load(plan, workers, home, checkpoint, dtype, config, observe)
-        kv = kv_shape(plan, [shard.free_bytes for shard in loaded], checkpoint.spec.max_positions, config)
-        limits = FrameLimits(
-            epoch=epoch,
-            hidden_size=checkpoint.spec.hidden_size,
-            dtype=dtype,
-            max_tokens=config.max_batch_tokens,
-            max_chunks=config.max_sequences,
-            max_blocks=-(-kv.max_model_len // kv.block_size),
-            vocab_size=checkpoint.spec.vocab_size,
+    def __init__(
+        self,
+        *,
+        checkpoint: Checkpoint,
+        dtype: DType,
+        config: ModelConfig,
+        home: Home,
+        deadlines: Deadlines,
+        observe: Observer,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._config = config
+        self._home = home
+        self._deadlines = deadlines
+        self._observe = observe
+
+    async def prepare(self, plan: Plan, members: Mapping[str, Member]) -> None:
+        """Load ahead what no worker has any part of, while another plan is in force, so that the change is short.
+
+        Raises UnavailableError when a worker fails; nothing that serves was touched.
+        """
+        assigned = self._assign(plan, members, free=False)
+        new = [(stage, worker) for stage, worker in zip(plan.stages, assigned, strict=True) if worker.holds is None]
+        if not new:
+            return
+        for stage, worker in new:
+            worker.engage(partial(self._say_loading, stage))
+        try:
+            async with asyncio.timeout(self._deadlines.load_s):
+                await self._load(plan, new, members)
+        except (TransportError, WorkerLostError, TimeoutError) as error:
+            await self._stop([worker for _, worker in new])
+            raise UnavailableError(f"could not prepare: {error}", state="degraded") from error
+        finally:
+            for _, worker in new:
+                worker.engaged = False
+
+    async def roll_out(self, plan: Plan, epoch: Epoch, members: Mapping[str, Member]) -> Pipeline:
+        """The plan's pipeline, ready for steps of `epoch`. `members` maps ids to all nodes; no pipeline is in force.
+
+        Raises UnavailableError when a worker fails or takes longer than its deadline, PlanError when a device has no
+        room for KV. Workers that failed are ended, the others keep what they loaded; the node to blame is left out of
+        plans for a while.
+        """
+        workers = self._assign(plan, members, free=True)
+        for stage, worker in zip(plan.stages, workers, strict=True):
+            worker.engage(partial(self._say_loading, stage))
+        try:
+            await self._stop(
+                [worker for member in members.values() for worker in member.workers.values() if not worker.engaged]
+            )
+            async with asyncio.timeout(self._deadlines.load_s):
+                loaded = await self._load(plan, list(zip(plan.stages, workers, strict=True)), members)
+            kv = kv_shape(plan, [shard.free_bytes for shard in loaded], self._max_positions, self._config)
+            async with asyncio.timeout(self._deadlines.start_s):
+                return await self._join(plan, epoch, workers, loaded, kv)
+        except BaseException as error:
+            for worker in workers:
+                worker.engaged = False
+            await self._stop([worker for worker in workers if worker.lost.done() and worker.holds is None])
+            match error:
+                case WorkerLostError() | TransportError():
+                    raise UnavailableError(str(error), state="degraded") from error
+                case TimeoutError():
+                    late = [worker for worker in workers if not worker.ready.done()]
+                    for worker in late[-1:]:  # the others wait for it
+                        worker.member.strike("its worker did not get ready in time")
+                    await self._stop(late)
+                    waiting = ", ".join(f"{worker.id} on {worker.member.profile.name}" for worker in late)
+                    raise UnavailableError(f"Gave up waiting for {waiting}.", state="degraded") from error
+            raise
+
+    @property
+    def _max_positions(self) -> int:
+        return self._checkpoint.spec.max_positions
+
+    # ------------------------------------------------------------------------------------------------ assign
+
+    def _assign(self, plan: Plan, members: Mapping[str, Member], *, free: bool) -> list[WorkerHandle]:
+        """A worker for every stage: of those on its node that hold the same model the one with the most of its bytes;
+        a new one where there is none. `free`: those of a pipeline in force may be taken as well, since there is none.
+        """
+        taken: set[str] = set()
+        assigned = []
+        for stage in plan.stages:
+            member = members[stage.node.id]
+            options = [
+                (self._common_bytes(stage, worker.holds), worker)
+                for worker in member.workers.values()
+                if worker.id not in taken and worker.holds is not None and self._can_become(stage, worker.holds)
+            ]
+            best = max(options, key=lambda option: option[0], default=None)
+            worker = best[1] if best is not None else member.new_worker()
+            taken.add(worker.id)
+            assigned.append(worker)
+        return assigned
+
+    def _can_become(self, stage: StagePlan, held: pb.Load) -> bool:
+        wanted = self._load_order(stage, (), listens=False)
+        return all(
+            getattr(held, field) == getattr(wanted, field)
+            for field in ("fingerprint", "dtype", "device", "num_threads", "engine", "max_positions")
         )
-        inbox = home.server.expect(limits)
-        async with asyncio.timeout(deadlines.start_s):
-            for index in reversed(range(len(workers))):
-                here = workers[index]
-                machine = here.member.profile.machine
-                if index + 1 < len(workers):
-                    there = workers[index + 1].member.profile.machine
-                    addresses = _reachable(loaded[index + 1].addresses, same_machine=machine == there)
-                else:
-                    addresses = home.addresses_for(here.member.profile)
-                start = pb.Start(
-                    limits=wire.pack_limits(limits),
-                    num_blocks=kv.num_blocks,
-                    block_size=kv.block_size,
-                    next=addresses,
-                )
-                await here.order(pb.WorkerOrder(start=start))
-                await here.ready
-            first = workers[0].member.profile.machine
-            addresses = _reachable(loaded[0].addresses, same_machine=first == home.machine)
-            link = await rpc.connect(addresses, limits, timeout_s=deadlines.start_s)
-    except BaseException as error:
-        await _stop(workers, deadlines.stop_s)
-        match error:
-            case WorkerLostError():
-                raise UnavailableError(str(error), state="degraded") from error
-            case TimeoutError():
-                waiting = ", ".join(worker.id for worker in workers if not worker.ready.done())
-                raise UnavailableError(f"Gave up waiting for {waiting}.", state="degraded") from error
-        raise
-    return Pipeline(
-        plan=plan,
-        epoch=epoch,
-        kv=kv,
-        limits=limits,
-        workers=tuple(workers),
-        link=link,
-        inbox=inbox,
-        stop_s=deadlines.stop_s,
-    )
 
+    def _common_bytes(self, stage: StagePlan, held: pb.Load) -> int:
+        """Layers that need not be read again; of two workers with as many, rather the one that has the same ends."""
+        first = max(stage.shard.first_layer, held.first_layer)
+        last = min(stage.shard.last_layer, held.last_layer)
+        ends = (stage.shard.embed == held.embed) + (stage.shard.head == held.head)
+        return 4 * max(0, last - first) + ends
 
-async def _stop(workers: Sequence[WorkerHandle], stop_s: float) -> None:
-    """The agent kills what does not end within `stop_s`; a little longer, and nobody is waited for any more."""
-    await asyncio.gather(*(worker.member.stop_worker(worker, 2 * stop_s) for worker in workers))
+    # -------------------------------------------------------------------------------------------------- load
 
-
-def _new_worker(stage: StagePlan, member: Member, observe: Observer) -> WorkerHandle:
-    def on_loading(done_bytes: int, total_bytes: int) -> None:
-        observe(ShardLoading(stage=stage, done_bytes=done_bytes, total_bytes=total_bytes))
-
-    return member.new_worker(f"w{next(_worker_numbers)}", on_loading)
-
-
-async def _load(
-    plan: Plan,
-    workers: Sequence[WorkerHandle],
-    home: Home,
-    checkpoint: Checkpoint,
-    dtype: DType,
-    config: ModelConfig,
-    observe: Observer,
-) -> list[pb.Loaded]:
-    crosses_machines = any(stage.node.machine != home.machine for stage in plan.stages)
-
-    async def load(stage: StagePlan, worker: WorkerHandle) -> pb.Loaded:
-        order = pb.Load(
-            model=config.model,
-            fingerprint=checkpoint.fingerprint,
+    def _load_order(self, stage: StagePlan, sources: Sequence[pb.Source], *, listens: bool) -> pb.Load:
+        node = stage.node
+        host = self._home.host if node.machine == self._home.machine else node.host
+        return pb.Load(
+            model=self._config.model,
+            fingerprint=self._checkpoint.fingerprint,
             first_layer=stage.shard.first_layer,
             last_layer=stage.shard.last_layer,
             embed=stage.shard.embed,
             head=stage.shard.head,
-            dtype=dtype,
-            device=stage.node.device,
+            dtype=self._dtype,
+            device=node.device,
             num_threads=stage.num_threads,
-            host=stage.node.host if crosses_machines else "",
+            host=host if listens else "",
             engine="torch",
-            max_positions=config.max_model_len or 0,
+            max_positions=self._config.max_model_len or 0,
+            sources=sources,
         )
-        await worker.order(pb.WorkerOrder(load=order))
-        answer = await worker.loaded
-        observe(ShardLoaded(stage=stage, load_s=answer.load_s))
-        return answer
 
-    loads = [asyncio.create_task(load(stage, worker)) for stage, worker in zip(plan.stages, workers, strict=True)]
-    try:
-        return await asyncio.gather(*loads)
-    finally:
-        for task in loads:  # when one failed, nobody waits for the others
-            task.cancel()
+    async def _load(
+        self, plan: Plan, stages: Sequence[tuple[StagePlan, WorkerHandle]], members: Mapping[str, Member]
+    ) -> list[pb.Loaded]:
+        crosses_machines = any(stage.node.machine != self._home.machine for stage in plan.stages)
+
+        async def load(stage: StagePlan, worker: WorkerHandle) -> pb.Loaded:
+            sources = self._sources(stage.node, members)
+            await worker.load(self._load_order(stage, sources, listens=crosses_machines))
+            answer = await worker.loaded
+            self._observe(ShardLoaded(stage=stage, load_s=answer.load_s, fetched_bytes=answer.fetched_bytes))
+            return answer
+
+        loads = [asyncio.create_task(load(stage, worker)) for stage, worker in stages]
+        try:
+            return await asyncio.gather(*loads)
+        finally:
+            for task in loads:  # when one failed, nobody waits for the others
+                task.cancel()
+
+    def _sources(self, node: NodeProfile, members: Mapping[str, Member]) -> list[pb.Source]:
+        """Who has weights: the head, whose address the node's agent knows, and agents whose workers hold some."""
+        peers = [
+            pb.Source(name=member.profile.id, addresses=_reachable(member.addresses, member.profile, node))
+            for member in members.values()
+            if member.attached and member.profile.id != node.id and any(w.holds for w in member.workers.values())
+        ]
+        return [pb.Source(name=HEAD), *peers]
+
+    def _say_loading(self, stage: StagePlan, loading: pb.Loading) -> None:
+        self._observe(
+            ShardLoading(
+                stage=stage,
+                done_bytes=loading.done_bytes,
+                total_bytes=loading.total_bytes,
+                fetching=loading.fetching,
+            )
+        )
+
+    # -------------------------------------------------------------------------------------------------- join
+
+    async def _join(
+        self, plan: Plan, epoch: Epoch, workers: Sequence[WorkerHandle], loaded: Sequence[pb.Loaded], kv: KVShape
+    ) -> Pipeline:
+        spec = self._checkpoint.spec
+        limits = FrameLimits(
+            epoch=epoch,
+            hidden_size=spec.hidden_size,
+            dtype=self._dtype,
+            max_tokens=self._config.max_batch_tokens,
+            max_chunks=self._config.max_sequences,
+            max_blocks=-(-kv.max_model_len // kv.block_size),
+            vocab_size=spec.vocab_size,
+        )
+        nodes = [stage.node for stage in plan.stages]
+        inbox = self._home.stages.expect(limits, sender=nodes[-1].id)
+        for index in reversed(range(len(workers))):
+            start = pb.Start(
+                limits=wire.pack_limits(limits),
+                num_blocks=kv.num_blocks,
+                block_size=kv.block_size,
+                previous_name=nodes[index - 1].id if index else HEAD,
+                next_name=HEAD,  # its agent knows by which address
+            )
+            if index + 1 < len(workers):
+                start.next_name = nodes[index + 1].id
+                start.next.extend(self._addresses(loaded[index + 1], nodes[index + 1], nodes[index]))
+            try:
+                await workers[index].start(start)
+                await workers[index].ready
+            except WorkerLostError:
+                self._blame(workers, index)
+                raise
+        first = self._addresses(loaded[0], nodes[0], None)
+        try:
+            link = await rpc.connect(
+                first,
+                limits,
+                identity=self._home.identity,
+                peer=nodes[0].id,
+                timeout_s=self._deadlines.connect_s,
+                liveness=rpc.Liveness.of(self._deadlines),
+            )
+        except TransportError:
+            workers[0].member.strike("the head could not connect to its worker")
+            raise
+        return Pipeline(plan=plan, epoch=epoch, kv=kv, limits=limits, workers=tuple(workers), link=link, inbox=inbox)
+
+    def _blame(self, workers: Sequence[WorkerHandle], index: int) -> None:
+        """A worker that lives and could not start did not reach its neighbour: one of the two nodes is to blame, and it
+        is more often the one that does not answer. A worker that crashed has its strike already."""
+        if workers[index].exited.done():
+            return
+        to_blame = workers[index + 1] if index + 1 < len(workers) else workers[index]
+        to_blame.member.strike(f"{workers[index].member.profile.name} could not connect to its worker")
+
+    def _addresses(self, loaded: pb.Loaded, node: NodeProfile, seen_from: NodeProfile | None) -> list[str]:
+        return _reachable(loaded.addresses, node, seen_from, home=self._home)
+
+    async def _stop(self, workers: Sequence[WorkerHandle]) -> None:
+        """The agent kills what does not end within `stop_s`; a little longer, and nobody is waited for any more."""
+        await asyncio.gather(*(worker.member.stop_worker(worker, 2 * self._deadlines.stop_s) for worker in workers))
 
 
-def _reachable(addresses: Sequence[str], *, same_machine: bool) -> list[str]:
-    """Unix sockets are for neighbours on one machine; everybody else takes the other addresses."""
-    return [address for address in addresses if same_machine or not address.startswith("unix:")]
+def _reachable(
+    addresses: Sequence[str], node: NodeProfile, seen_from: NodeProfile | None, *, home: Home | None = None
+) -> list[str]:
+    """Where `node` is reached from another one (None: the head). Unix sockets are for neighbours on one machine. One
+    that listens on every interface is called by the interface that faces the other."""
+    machine = home.machine if seen_from is None and home is not None else seen_from.machine if seen_from else ""
+    found = []
+    for address in addresses:
+        if address.startswith("unix:"):
+            if machine == node.machine:
+                found.append(address)
+            continue
+        host, port = split_address(address, default_port=0)
+        if is_unspecified(host):
+            other = seen_from.host if seen_from is not None else ""
+            host = local_host_towards(join_address(other, port)) if other else "127.0.0.1"
+        found.append(join_address(host, port))
+    return found
 
 
 def kv_shape(plan: Plan, free_bytes: Sequence[int], max_positions: int, config: ModelConfig) -> KVShape:

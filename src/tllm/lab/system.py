@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from tllm.cluster.agent import worker_environment
+from tllm.cluster.process import worker_environment
 from tllm.core.errors import EngineError
 from tllm.core.types import (
     BlockId,

@@ -1,0 +1,482 @@
+"""What a machine can do, measured: seconds of a model's parts through the real engine, and of bytes over a link.
+
+A speed is timed on shards of a model of zeros (`models/synthetic.py`), each become the next by `Engine.reload`:
+
+    no layer, no head      what every step costs          r = 1, 4, 16 decodes; 64, 256 rows of a prompt
+    n layers, no head      a layer: what is more, by n    the same steps
+    k layers and head      the head: a step that samples r rows, less the same step that samples none, in turns
+
+n and k are so many that the weights do not stay in the processor's cache where the whole model's would not. Of a large
+vocabulary a part stands for the whole. Times are medians after a warm-up. All of it is bounded in time: a slow machine
+gets fewer repetitions, then fewer rows.
+
+This file does not know which nodes there are, nor what is planned by these numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Final, Protocol
+
+import tllm
+from tllm.core.errors import EngineError, FrameError, ModelError
+from tllm.core.types import (
+    Activation,
+    BlockCopy,
+    BlockId,
+    Chunk,
+    DType,
+    Epoch,
+    SamplingParams,
+    SamplingState,
+    SequenceId,
+    Step,
+    StepId,
+    TokenId,
+)
+from tllm.engines.base import Engine, EngineConfig
+from tllm.models.checkpoint import Checkpoint
+from tllm.models.config import Config
+from tllm.models.families import find_family, read_spec
+from tllm.models.slicing import layer_weights
+from tllm.models.spec import ModelSpec, Shard
+from tllm.models.synthetic import shortened, write_zeros
+from tllm.planner.profile import Speed
+from tllm.transport import wire_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+
+BUDGET_S: Final = 8.0
+
+_DECODES: Final = (1, 4, 16)
+_PREFILLS: Final = (64, 256)
+_ROWS: Final = (*_DECODES, *_PREFILLS)
+_CONTEXT: Final = 128  # positions before a decode
+_BLOCK_SIZE: Final = 16
+_UNCACHED_BYTES: Final = 512 << 20  # more than most processors keep
+_HEAD_BYTES: Final = 256 << 20  # of a head that are measured at most
+
+_LAYERS_SHARE: Final = 0.6  # of the budget: until then layers are timed, after that the head,
+_LEAST_SHARE: Final = 0.2  # each for as long as that however long loading took
+_MIN_TURNS: Final = 5
+_MAX_TURNS: Final = 100
+_ENOUGH_S: Final = 0.8  # beyond the least number, repeat for so long
+
+_GREEDY: Final = SamplingParams(temperature=0.0)
+
+
+# Speed ----------------------------------------------------------------------------------------------------------------
+
+
+def measure_speed(
+    order: pb.Measure,
+    make_engine: Callable[[str, EngineConfig], Engine],
+    directory: Path,
+    *,
+    clock: Clock = time.perf_counter,
+    budget_s: float = BUDGET_S,
+) -> Speed:
+    """Time the order's model; blocks for about `budget_s`, and longer only where loading takes most of that.
+
+    `directory` is made if need be, and is left as it was. Raises ModelError for a config or dtype that is no model's,
+    EngineError when memory suffices not even for one layer, and whatever `make_engine` raises.
+    """
+    began = clock()
+    config = _read_config(order.config)
+    dtype = _read_dtype(order.dtype)
+    full = read_spec(config, find_family(config))
+    layer_bytes = _layer_bytes(full, dtype)
+    num_layers = min(full.num_layers, math.ceil(_UNCACHED_BYTES / layer_bytes))
+    vocab_size = min(full.vocab_size, math.ceil(_HEAD_BYTES / (full.hidden_size * dtype.num_bytes)))
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(prefix="measure-", dir=directory) as zeros:
+        try:
+            write_zeros(Path(zeros), shortened(config, num_layers, vocab_size), dtype)
+        except OSError as error:
+            raise EngineError(f"{directory} cannot hold a model to measure with: {error.strerror}") from error
+        checkpoint = Checkpoint.open(Path(zeros))
+        engine = make_engine(
+            order.engine,
+            EngineConfig(shard=_part(0), dtype=dtype, device=order.device, num_threads=order.num_threads or None),
+        )
+        try:
+            bench = _Bench(engine, checkpoint, dtype, clock)
+            return _measure(bench, full, num_layers, began, budget_s)
+        finally:
+            engine.close()
+
+
+def _measure(bench: _Bench, full: ModelSpec, num_layers: int, began: float, budget_s: float) -> Speed:
+    def until(share: float) -> float:
+        return max(began + share * budget_s, bench.clock() + _LEAST_SHARE * budget_s)
+
+    steps_s = bench.plain_s(_ROWS, bench.clock() + budget_s / 10)
+    spare = bench.engine.free_bytes() // 2  # others may want some too
+    num_layers = max(1, min(num_layers, spare // bench.layer_bytes))
+    bench.become(_part(num_layers))
+    stages_s = bench.plain_s(_ROWS[: len(steps_s)], until(_LAYERS_SHARE))
+    # What a step of many rows costs beyond one of a single row is in the layers too, so that the whole model is right.
+    layers_s = [
+        max(0.0, (stage_s - step_s) / num_layers + (step_s - steps_s[0]) / full.num_layers)
+        for stage_s, step_s in zip(stages_s, steps_s, strict=False)
+    ]
+    uncached = math.ceil((_UNCACHED_BYTES - bench.head_bytes) / bench.layer_bytes)
+    affordable = max(0, spare - bench.head_bytes) // bench.layer_bytes
+    bench.become(_part(max(0, min(num_layers, uncached, affordable)), head=True))
+    heads_s = bench.heads_s(_DECODES, until((1 + _LAYERS_SHARE) / 2))
+    if len(heads_s) == len(_DECODES):
+        bench.become(_part(0, head=True))  # many rows: arithmetic takes longer than the weights' way from memory
+        heads_s += bench.heads_s(_PREFILLS, until(1.0))
+    num_rows = min(len(layers_s), len(heads_s))
+    return Speed(
+        rows=_ROWS[:num_rows],
+        layer_s=tuple(layers_s[:num_rows]),
+        head_s=tuple(seconds * full.vocab_size / bench.vocab_size for seconds in heads_s[:num_rows]),
+        step_s=max(0.0, steps_s[0]),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Case:
+    """Steps of so many rows each, to be timed in turns."""
+
+    rows: int
+    steps: tuple[tuple[Step, Activation], ...]
+
+
+class _Bench:
+    """One engine, the shards it becomes, and the steps it is timed with.
+
+    Blocks: nine for each of the decoding sequences, eight of them its context, then those of prompts.
+    """
+
+    def __init__(self, engine: Engine, checkpoint: Checkpoint, dtype: DType, clock: Clock) -> None:
+        self.engine = engine
+        self.clock = clock
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        spec = checkpoint.spec
+        self._num_context_blocks = min(_CONTEXT, spec.max_positions - 1) // _BLOCK_SIZE
+        self._stride = self._num_context_blocks + 1
+        self._prompt_length = min(max(_PREFILLS), spec.max_positions)
+        num_prompts = math.ceil(max(_PREFILLS) / self._prompt_length)
+        prompt_blocks = num_prompts * math.ceil(self._prompt_length / _BLOCK_SIZE)
+        self._num_blocks = max(max(_DECODES) * self._stride + prompt_blocks, max(_PREFILLS))
+        self.vocab_size = spec.vocab_size
+        self.layer_bytes = _layer_bytes(spec, dtype)
+        self.head_bytes = checkpoint.weight_bytes(_part(0, head=True), dtype)
+        engine.load(checkpoint, _ignore)
+        self._prepare()
+
+    def become(self, shard: Shard) -> None:
+        self.engine.reload(self._checkpoint, shard, _ignore)
+        self._prepare()
+
+    def plain_s(self, every: Sequence[int], until: float) -> list[float]:
+        """Seconds of a step of so many rows, decodes if they are few, else a prompt; of the last ones only in time."""
+        cases = [
+            _Case(rows=rows, steps=(self._step(self._decodes(rows) if rows in _DECODES else self._prompts(rows)),))
+            for rows in every
+        ]
+        return [statistics.median(seconds for (seconds,) in turns) for turns in self._turns(cases, until)]
+
+    def heads_s(self, every: Sequence[int], until: float) -> list[float]:
+        """Seconds that a step of so many rows takes longer when all of them are sampled; as far as there is time."""
+        cases = [
+            _Case(rows=rows, steps=(self._step(_rows(rows, sampled=False)), self._step(_rows(rows, sampled=True))))
+            for rows in every
+        ]
+        return [max(0.0, statistics.median(b - a for a, b in turns)) for turns in self._turns(cases, until)]
+
+    def _turns(self, cases: Sequence[_Case], until: float) -> list[list[tuple[float, ...]]]:
+        """For every case that there is time for, a tuple of its steps' seconds a turn.
+
+        The cases take turns, so that what disturbs the machine for a moment spoils no case's median. A warm-up counts
+        only where there is no time for more.
+        """
+        last: list[tuple[float, ...]] = []
+        for case in cases:
+            rows, seconds = self._last
+            if case.rows > 1 and seconds * case.rows / rows > (until - self.clock()) / 2:
+                break
+            warm_up = self._turn(case)
+            cheap = sum(warm_up) < (until - self.clock()) / 10
+            last.append(self._turn(case) if cheap else warm_up)  # the very first may be no measure of those to come
+        turns: list[list[tuple[float, ...]]] = [[] for _ in last]
+        began = self.clock()
+        for number in range(_MAX_TURNS):
+            if number >= _MIN_TURNS and self.clock() - began >= _ENOUGH_S:
+                break
+            for index, case in enumerate(cases[: len(last)]):
+                if self.clock() + sum(last[index]) <= until:
+                    last[index] = self._turn(case)
+                    turns[index].append(last[index])
+        return [some or [warm_up] for some, warm_up in zip(turns, last, strict=True)]
+
+    def _turn(self, case: _Case) -> tuple[float, ...]:
+        seconds = tuple(self._forward(*step) for step in case.steps)
+        self._last = (case.rows, sum(seconds))
+        return seconds
+
+    def _prepare(self) -> None:
+        """KV for the context of every decoding sequence: one block computed, the rest copies of it."""
+        self._last = (1, 0.0)  # rows and seconds of the last turn with this shard
+        self.engine.allocate(self._num_blocks, _BLOCK_SIZE)
+        if self._num_context_blocks:
+            self._forward(*self._step((_chunk(0, 0, _BLOCK_SIZE, range(1), sampled=False),)))
+            blocks = range(1, max(_DECODES) * self._stride)
+            targets = [BlockId(i) for i in blocks if i % self._stride < self._num_context_blocks]
+            copies = tuple(BlockCopy(source=BlockId(0), target=target, length=_BLOCK_SIZE) for target in targets)
+            self._forward(*self._step((), copies))
+
+    def _forward(self, step: Step, hidden: Activation) -> float:
+        began = self.clock()
+        self.engine.forward(step, hidden)
+        return self.clock() - began
+
+    def _step(self, chunks: tuple[Chunk, ...], copies: tuple[BlockCopy, ...] = ()) -> tuple[Step, Activation]:
+        step = Step(id=StepId(0), epoch=Epoch(1), chunks=chunks, copies=copies)
+        shape = (step.num_tokens, self._checkpoint.spec.hidden_size)
+        zeros = bytes(shape[0] * shape[1] * self._dtype.num_bytes)
+        return step, Activation(data=zeros, dtype=self._dtype, shape=shape)
+
+    def _decodes(self, rows: int) -> tuple[Chunk, ...]:
+        start = self._num_context_blocks * _BLOCK_SIZE
+        blocks = (range(i * self._stride, (i + 1) * self._stride) for i in range(rows))
+        return tuple(_chunk(i, start, 1, own, sampled=False) for i, own in enumerate(blocks))
+
+    def _prompts(self, rows: int) -> tuple[Chunk, ...]:
+        """One sequence, or a few where the model does not take so long a one."""
+        chunks: list[Chunk] = []
+        block = max(_DECODES) * self._stride
+        for first in range(0, rows, self._prompt_length):
+            length = min(self._prompt_length, rows - first)
+            num_blocks = math.ceil(length / _BLOCK_SIZE)
+            chunks.append(_chunk(len(chunks), 0, length, range(block, block + num_blocks), sampled=False))
+            block += num_blocks
+        return tuple(chunks)
+
+
+def _chunk(seq: int, start: int, length: int, blocks: range, *, sampled: bool) -> Chunk:
+    return Chunk(
+        seq=SequenceId(seq),
+        start=start,
+        tokens=(TokenId(0),) * length,
+        blocks=tuple(BlockId(block) for block in blocks),
+        sampling=SamplingState(params=_GREEDY, position=start + length) if sampled else None,
+    )
+
+
+def _rows(num_rows: int, *, sampled: bool) -> tuple[Chunk, ...]:
+    """The first rows of as many sequences."""
+    return tuple(_chunk(i, 0, 1, range(i, i + 1), sampled=sampled) for i in range(num_rows))
+
+
+def _part(num_layers: int, *, head: bool = False) -> Shard:
+    """It never embeds: that is a row of a table."""
+    return Shard(first_layer=0, last_layer=num_layers, embed=False, head=head)
+
+
+def _layer_bytes(spec: ModelSpec, dtype: DType) -> int:
+    return sum(math.prod(weight.shape) for weight in layer_weights(spec, 0)) * dtype.num_bytes
+
+
+def _ignore(done_bytes: int, total_bytes: int) -> None:
+    pass
+
+
+def _read_config(text: str) -> Config:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"The config to be measured is not JSON: {error}.") from error
+    if not isinstance(fields, dict):
+        raise ModelError("The config to be measured is not a JSON object.")
+    return Config(path="the config to be measured", fields=fields)
+
+
+def _read_dtype(name: str) -> DType:
+    try:
+        return DType(name)
+    except ValueError as error:
+        raise ModelError(f"{name!r} is no type of weights; there are {', '.join(DType)}.") from error
+
+
+# Remembered speeds ----------------------------------------------------------------------------------------------------
+
+
+def speed_key(config: Mapping[str, object], dtype: DType, device: str, num_threads: int, engine: str) -> str:
+    """What a speed depends on, save the machine: equal for models of one shape, whatever their weights are.
+
+    `config` is what a config.json says. Raises ModelError.
+    """
+    parsed = Config(path="the config to be measured", fields=config)
+    spec = read_spec(parsed, find_family(parsed))
+    shape = asdict(spec)
+    for name in ("family", "max_positions", "norm_eps", "attention_scale", "tied"):
+        del shape[name]
+    shape["positions"] = type(spec.positions).__name__
+    depends_on = [shape, dtype.value, device, num_threads, engine, tllm.__version__]
+    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+
+
+def processor_name() -> str:
+    """As its maker calls it; where that cannot be found out, its architecture."""
+    try:
+        if sys.platform == "linux":
+            found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+            if found is not None:
+                return found[1].strip()
+        if sys.platform == "darwin":
+            asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return platform.processor() or platform.machine()
+
+
+class SpeedCache:
+    """Speeds measured on this machine, a small file each. What cannot be read is not there.
+
+    A speed is found again by its key while processor and framework are the same: a home directory may be several
+    machines', and an upgrade may make all the difference.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._machine = [processor_name(), os.cpu_count(), _framework_version()]
+
+    def get(self, key: str) -> pb.Speed | None:
+        try:
+            return to_message(_read_speed(json.loads(self._path(key).read_bytes())))
+        except (OSError, ValueError, RecursionError):
+            return None
+
+    def put(self, key: str, speed: pb.Speed) -> None:
+        """The file is complete before it has its name. A disk that is full costs a line in the log and no more.
+
+        Raises FrameError for a speed that contradicts itself.
+        """
+        text = json.dumps(asdict(from_message(speed)))
+        path = self._path(key)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            try:
+                with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                    file.write(text)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s: a measured speed could not be kept: %s", path, error.strerror)
+
+    def _path(self, key: str) -> Path:
+        """A key may come from another machine: it never becomes a name as it is."""
+        name = hashlib.sha256(json.dumps([key, *self._machine]).encode()).hexdigest()
+        return self._directory / f"{name}.json"
+
+
+def _framework_version() -> str:
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _read_speed(content: object) -> Speed:
+    """Raises ValueError for anything that is no speed."""
+    match content:
+        case {"rows": [*rows], "layer_s": [*layer_s], "head_s": [*head_s], "step_s": step_s}:
+            pass
+        case _:
+            raise ValueError("a field is missing")
+    if not all(type(number) is int for number in rows) or rows[:1] != [1]:
+        raise ValueError(f"rows are {rows[:8]} and must be whole numbers from 1 on")
+    if any(left >= right for left, right in pairwise(rows)) or not len(rows) == len(layer_s) == len(head_s):
+        raise ValueError(f"rows are {rows[:8]} and must ascend, with a layer's and a head's seconds for each")
+    for seconds in (*layer_s, *head_s, step_s):
+        if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+            raise ValueError(f"{seconds!r} are no seconds")
+    return Speed(rows=tuple(rows), layer_s=tuple(layer_s), head_s=tuple(head_s), step_s=step_s)
+
+
+def to_message(speed: Speed) -> pb.Speed:
+    return pb.Speed(rows=speed.rows, layer_s=speed.layer_s, head_s=speed.head_s, step_s=speed.step_s)
+
+
+def from_message(message: pb.Speed) -> Speed:
+    """Raises FrameError for a speed that contradicts itself."""
+    content: Mapping[str, object] = {
+        "rows": list(message.rows),
+        "layer_s": list(message.layer_s),
+        "head_s": list(message.head_s),
+        "step_s": message.step_s,
+    }
+    try:
+        return _read_speed(content)
+    except ValueError as error:
+        raise FrameError(f"a measured speed that is none: {error}") from error
+
+
+# Links ----------------------------------------------------------------------------------------------------------------
+
+MAX_BYTES_PER_S: Final = 10e9  # what a link reports that is too fast to tell
+
+_NUM_ECHOES: Final = 20
+_BLOB_SIZES: Final = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
+_BLOBS_PER_SIZE: Final = 3
+_BLOBS_S: Final = 0.5
+
+
+class Echoes(Protocol):
+    """A peer that takes bytes and gives back as many zeros as it is asked for: `transport.shards.ShardClient`."""
+
+    async def echo(self, data: bytes, answer_bytes: int) -> bytes: ...
+
+
+async def measure_link(client: Echoes, *, clock: Clock = time.perf_counter) -> tuple[float, float]:
+    """Seconds to the peer and back, and bytes per second on the way there. Raises TransportError.
+
+    The time of a blob is the round trip and the bytes; the difference of two sizes' times is the bytes alone. The best
+    time of a size counts, for a connection has yet to find out how much it may send at once.
+    """
+
+    async def echo_s(data: bytes) -> float:
+        began = clock()
+        await client.echo(data, 1)
+        return clock() - began
+
+    await echo_s(b"")  # whatever the first message has to wait for
+    small = [await echo_s(b"") for _ in range(_NUM_ECHOES)]
+    best = [(0, min(small))]  # size, seconds
+    until = clock() + _BLOBS_S
+    for size in _BLOB_SIZES:
+        if clock() >= until:
+            break
+        blob = bytes(size)
+        times = [await echo_s(blob)]
+        while len(times) < _BLOBS_PER_SIZE and clock() < until:
+            times.append(await echo_s(blob))
+        best.append((size, min(times)))
+    (less, less_s), (more, more_s) = best[-2:]
+    seconds = max(more_s - less_s, (more - less) / MAX_BYTES_PER_S)
+    return statistics.median(small), (more - less) / seconds

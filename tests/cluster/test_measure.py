@@ -1,0 +1,422 @@
+"""Measuring: exact on a machine whose costs are known, bounded in time on a slow one, and remembered."""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tllm.cluster import measure
+from tllm.cluster.measure import (
+    BUDGET_S,
+    MAX_BYTES_PER_S,
+    SpeedCache,
+    from_message,
+    measure_link,
+    measure_speed,
+    speed_key,
+    to_message,
+)
+from tllm.core.errors import EngineError, FrameError, ModelError, TransportError
+from tllm.core.types import Activation, DType, Step, StepResult
+from tllm.engines.base import Engine, EngineConfig
+from tllm.engines.torch.engine import TorchEngine
+from tllm.models.checkpoint import Checkpoint
+from tllm.models.config import Config
+from tllm.models.families import find_family, read_spec
+from tllm.models.spec import Shard
+from tllm.models.synthetic import shortened, write_zeros
+from tllm.planner.profile import Speed
+from tllm.testing.checkpoints import tiny_checkpoint, tiny_config
+from tllm.testing.fake_engine import FakeBehaviour, FakeEngine
+from tllm.transport import wire_pb2 as pb
+
+SMALL = tiny_config("llama", layers=6, vocab_size=500, max_positions=1024)
+# Layers of 436 MB and a head of 1 GB: two of 32 layers and a quarter of the vocabulary are measured.
+LARGE = tiny_config(
+    "llama", layers=32, hidden_size=4096, intermediate_size=14336, heads=32, kv_heads=8, vocab_size=128256,
+    max_positions=8192, tied=False,
+)  # fmt: skip
+
+ROWS = (1, 4, 16, 64, 256)
+
+
+@pytest.fixture(autouse=True)
+def few_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of its own a machine is never done sooner than after the most turns."""
+    monkeypatch.setattr(measure, "_MAX_TURNS", 9)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Machine:
+    """Engines whose every forward takes as long as these costs say, on a clock of its own."""
+
+    def __init__(self, *, scale: float = 1.0, memory_bytes: int = 1 << 40, load_s: float = 0.0) -> None:
+        self.clock = Clock()
+        self.shards: list[Shard] = []
+        self.disturbed_every = 1 << 60
+        self._scale = scale
+        self._load_s = load_s
+        self._memory_bytes = memory_bytes
+        self._num_forwards = 0
+
+    def step_s(self, rows: int) -> float:
+        return self._scale * (50e-6 + 2e-6 * rows)
+
+    def layer_s(self, rows: int) -> float:
+        return self._scale * (900e-6 + 30e-6 * rows)
+
+    def head_s(self, sampled: int, vocab_size: int) -> float:
+        return self._scale * (20e-9 + 3e-9 * sampled) * vocab_size if sampled else 0.0
+
+    def engine(self, name: str, config: EngineConfig) -> Engine:
+        machine = self
+
+        class Timed(FakeEngine):
+            def load(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> None:
+                self.checkpoint = checkpoint
+                machine.shards.append(config.shard)
+                super().load(checkpoint, progress)
+
+            def reload(self, checkpoint: Checkpoint, shard: Shard, progress: Callable[[int, int], None]) -> None:
+                machine.shards.append(shard)
+                machine.clock.now_s += machine._load_s
+                super().reload(checkpoint, shard, progress)
+
+            def forward(self, step: Step, hidden: Activation | None) -> Activation | StepResult:
+                shard = machine.shards[-1]
+                seconds = machine.step_s(step.num_tokens) + len(shard.layers) * machine.layer_s(step.num_tokens)
+                if shard.head:
+                    num_sampled = sum(chunk.sampling is not None for chunk in step.chunks)
+                    seconds += machine.head_s(num_sampled, self.checkpoint.spec.vocab_size)
+                machine._num_forwards += 1
+                machine.clock.now_s += seconds * (20 if machine._num_forwards % machine.disturbed_every == 0 else 1)
+                return super().forward(step, hidden)
+
+        return Timed(config, FakeBehaviour(memory_bytes=self._memory_bytes))
+
+
+def order(config: object, dtype: str = "bfloat16") -> pb.Measure:
+    return pb.Measure(config=json.dumps(config), dtype=dtype, device="cpu", num_threads=1, engine="torch", key="k")
+
+
+def measured(machine: Machine, config: object, directory: Path) -> Speed:
+    return measure_speed(order(config), machine.engine, directory, clock=machine.clock)
+
+
+def assert_right(speed: Speed, machine: Machine, num_layers: int, vocab_size: int) -> None:
+    """To the last digits, for costs that are linear and a clock that is exact."""
+    assert speed.step_s == pytest.approx(machine.step_s(1))
+    for rows, layer_s, head_s in zip(speed.rows, speed.layer_s, speed.head_s, strict=True):
+        whole_s = machine.step_s(rows) + num_layers * machine.layer_s(rows)
+        assert speed.step_s + num_layers * layer_s == pytest.approx(whole_s)
+        assert head_s == pytest.approx(machine.head_s(rows, vocab_size))
+
+
+# Speed ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("config", "num_layers", "vocab_size"), [(SMALL, 6, 500), (LARGE, 32, 128256)])
+def test_what_a_machine_takes_is_found_out(config: object, num_layers: int, vocab_size: int, tmp_path: Path) -> None:
+    machine = Machine()
+    speed = measured(machine, config, tmp_path)
+    assert speed.rows == ROWS
+    assert_right(speed, machine, num_layers, vocab_size)
+
+
+def test_disturbances_of_a_moment_do_not_count(tmp_path: Path) -> None:
+    machine = Machine()
+    machine.disturbed_every = 7  # no divisor of how many steps take turns
+    assert_right(measured(machine, SMALL, tmp_path), machine, 6, 500)
+
+
+def test_of_a_large_model_a_few_layers_and_tokens_are_loaded(tmp_path: Path) -> None:
+    machine = Machine()
+    measured(machine, LARGE, tmp_path)
+    assert max(shard.last_layer for shard in machine.shards) == 2
+    assert [shard.head for shard in machine.shards if shard.layers] == [False, True]
+    machine = Machine()
+    measured(machine, SMALL, tmp_path)
+    assert {(shard.last_layer, shard.head) for shard in machine.shards if shard.layers} == {(6, False), (6, True)}
+
+
+def test_a_machine_with_little_memory_is_measured_with_fewer_layers(tmp_path: Path) -> None:
+    machine = Machine(memory_bytes=900 << 20)
+    speed = measured(machine, LARGE, tmp_path)
+    assert max(shard.last_layer for shard in machine.shards) == 1
+    assert_right(speed, machine, 32, 128256)
+
+
+@settings(max_examples=15, deadline=None)
+@given(scale=st.floats(1e-2, 1e4), load_s=st.sampled_from([0.0, 1.0, 10.0]))
+def test_however_slow_the_machine_time_is_bounded_and_what_is_said_is_right(
+    scale: float, load_s: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    machine = Machine(scale=scale, load_s=load_s)
+    began = machine.clock()
+    speed = measured(machine, SMALL, tmp_path_factory.mktemp("measure"))
+    assert speed.rows == ROWS[: len(speed.rows)]
+    assert_right(speed, machine, 6, 500)
+    # A slow machine computes every kind of step once: context and one row with each shard, all rows with no layer.
+    once_s = sum(machine.step_s(rows) for rows in ROWS) + 4 * 6 * machine.layer_s(16) + 5 * machine.head_s(16, 500)
+    assert machine.clock() - began <= BUDGET_S + 3 * load_s + 0.6 * BUDGET_S + 3 * once_s
+    if scale <= 1 and not load_s:
+        assert speed.rows == ROWS
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_a_real_engine_is_timed_and_nothing_is_left(family: str, tmp_path: Path) -> None:
+    config = tiny_config(family, layers=2, vocab_size=300, max_positions=100)  # fewer than a prompt has rows
+    made: list[TorchEngine] = []
+
+    def make(name: str, config: EngineConfig) -> Engine:
+        assert name == "torch"
+        made.append(TorchEngine(config))
+        return made[-1]
+
+    speed = measure_speed(order(config), make, tmp_path / "new")
+    assert speed.rows == ROWS
+    assert len(speed.layer_s) == len(speed.head_s) == len(speed.rows)
+    assert all(0 < seconds < 1 for seconds in (*speed.layer_s, speed.step_s))
+    assert list((tmp_path / "new").iterdir()) == []
+    assert [engine.statistics().weight_bytes for engine in made] == [0]
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    machine = Machine()
+    for wrong in (
+        order([]),
+        order({"model_type": "dog"}),
+        order(SMALL, dtype="int4"),
+        pb.Measure(config="{", dtype=""),
+    ):
+        with pytest.raises(ModelError):
+            measure_speed(wrong, machine.engine, tmp_path)
+    assert machine.shards == []
+
+
+def test_an_engine_that_fails_is_closed_and_its_error_seen(tmp_path: Path) -> None:
+    closed: list[bool] = []
+
+    class Broken(FakeEngine):
+        def load(self, checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> None:
+            raise EngineError("no memory")
+
+        def close(self) -> None:
+            closed.append(True)
+
+    with pytest.raises(EngineError, match="no memory"):
+        measure_speed(order(SMALL), lambda name, config: Broken(config), tmp_path)
+    assert closed == [True]
+    assert list(tmp_path.iterdir()) == []
+
+
+# Checkpoints of zeros -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt2"])
+def test_a_checkpoint_of_zeros_is_one_of_the_family_in_name_and_shape(family: str, tied: bool, tmp_path: Path) -> None:
+    overrides = {"attention_bias": True} if family in ("llama", "qwen3") else {}
+    real = tiny_checkpoint(tmp_path / "real", family, layers=3, tied=tied, overrides=overrides, tokenizer=False)
+    expected = Checkpoint.open(real)
+    zeros = tmp_path / "zeros"
+    zeros.mkdir()
+    config = Config.read(real / "config.json")
+    write_zeros(zeros, config, DType.FLOAT16)
+    found = Checkpoint.open(zeros)
+    assert found.spec == expected.spec
+    assert {name: info.shape for name, info in found.tensors.items()} == {
+        name: info.shape for name, info in expected.tensors.items()
+    }
+    assert found.dtype is DType.FLOAT16
+    shorter = read_spec(shortened(config, 2, 50), find_family(config))
+    assert shorter == replace(expected.spec, num_layers=2, vocab_size=50, windows=expected.spec.windows[:2])
+
+
+def test_a_checkpoint_of_zeros_takes_no_disk(tmp_path: Path) -> None:
+    write_zeros(tmp_path, Config(path="config", fields=LARGE), DType.BFLOAT16)
+    status = (tmp_path / "model.safetensors").stat()
+    assert status.st_size > 16e9
+    assert status.st_blocks * 512 < 1 << 20
+
+
+def test_layers_of_several_kinds_are_shortened_with_the_rest() -> None:
+    types = ["full_attention", "sliding_attention"] * 2
+    fields = dict(tiny_config("qwen3", layers=4)) | {"layer_types": types, "sliding_window": 8}
+    fields["use_sliding_window"] = True
+    config = shortened(Config(path="config", fields=fields), 3, 100)
+    assert read_spec(config, find_family(config)).windows == (None, 8, None)
+
+
+# Remembered -----------------------------------------------------------------------------------------------------------
+
+SPEED = Speed(rows=(1, 4), layer_s=(0.25, 0.5), head_s=(1e-3, 0.0), step_s=1e-5)
+
+
+def key(config: Mapping[str, object] = SMALL, **changes: object) -> str:
+    arguments = {"dtype": DType.BFLOAT16, "device": "cpu", "num_threads": 2, "engine": "torch"} | changes
+    return speed_key(config, **arguments)  # type: ignore[arg-type]
+
+
+def test_models_of_one_shape_share_a_key_and_others_do_not() -> None:
+    trained = dict(SMALL) | {"max_position_embeddings": 99, "eos_token_id": 5, "rms_norm_eps": 1e-3, "_name": "x"}
+    assert key(trained) == key()
+    shapes = (("num_hidden_layers", 7), ("intermediate_size", 99), ("num_key_value_heads", 1), ("vocab_size", 501))
+    others = [key(dict(SMALL) | {name: value}) for name, value in shapes]
+    others += [key(dtype=DType.FLOAT16), key(device="cuda"), key(num_threads=1), key(engine="other")]
+    assert len({key(), *others}) == 9
+    with pytest.raises(ModelError):
+        key({"model_type": "dog"})
+
+
+def test_a_speed_is_found_again_by_its_key_alone(tmp_path: Path) -> None:
+    cache = SpeedCache(tmp_path / "speeds")
+    assert cache.get("a") is None
+    cache.put("a", to_message(SPEED))
+    assert SpeedCache(tmp_path / "speeds").get("a") == to_message(SPEED)
+    assert cache.get("b") is None
+    (file,) = (tmp_path / "speeds").iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+
+
+def test_a_key_from_elsewhere_is_no_path(tmp_path: Path) -> None:
+    cache = SpeedCache(tmp_path / "speeds")
+    for hostile in ("../../x", "/etc/passwd", "a" * 5000, "\0", ""):
+        cache.put(hostile, to_message(SPEED))
+        assert cache.get(hostile) == to_message(SPEED)
+    assert [path.name for path in tmp_path.iterdir()] == ["speeds"]
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"", b"{", b"[]", b"{}", b"\xff", b'{"rows":[1],"layer_s":[1],"head_s":[1],"step_s":NaN}', b"[" * 100_000],
+)
+def test_a_damaged_file_is_no_speed(garbage: bytes, tmp_path: Path) -> None:
+    cache = SpeedCache(tmp_path)
+    cache.put("a", to_message(SPEED))
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(garbage)
+    assert cache.get("a") is None
+    cache.put("a", to_message(SPEED))
+    assert cache.get("a") == to_message(SPEED)
+
+
+def test_another_processor_or_framework_has_other_speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SpeedCache(tmp_path).put("a", to_message(SPEED))
+    for name in ("processor_name", "_framework_version"):
+        with monkeypatch.context() as patch:
+            patch.setattr(measure, name, lambda: "another")
+            assert SpeedCache(tmp_path).get("a") is None
+    assert SpeedCache(tmp_path).get("a") is not None
+
+
+def test_a_cache_that_cannot_be_written_is_only_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    cache = SpeedCache(tmp_path / "file" / "speeds")
+    cache.put("a", to_message(SPEED))
+    assert "could not be kept" in caplog.text
+    assert cache.get("a") is None
+
+
+seconds = st.floats(0, 1e6)
+
+
+@given(
+    rows=st.sets(st.integers(2, 1 << 20), max_size=6).map(lambda more: (1, *sorted(more))),
+    data=st.data(),
+    step_s=seconds,
+)
+def test_a_speed_crosses_as_it_is(rows: tuple[int, ...], data: st.DataObject, step_s: float) -> None:
+    each = st.lists(seconds, min_size=len(rows), max_size=len(rows)).map(tuple)
+    speed = Speed(rows=rows, layer_s=data.draw(each), head_s=data.draw(each), step_s=step_s)
+    assert from_message(pb.Speed.FromString(to_message(speed).SerializeToString())) == speed
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pb.Speed(),
+        pb.Speed(rows=[2], layer_s=[1], head_s=[1]),
+        pb.Speed(rows=[1, 4, 4], layer_s=[1, 1, 1], head_s=[1, 1, 1]),
+        pb.Speed(rows=[1, 4], layer_s=[1], head_s=[1, 1]),
+        pb.Speed(rows=[1], layer_s=[1], head_s=[]),
+        pb.Speed(rows=[1], layer_s=[-1], head_s=[1]),
+        pb.Speed(rows=[1], layer_s=[math.nan], head_s=[1]),
+        pb.Speed(rows=[1], layer_s=[1], head_s=[1], step_s=math.inf),
+    ],
+)
+def test_a_speed_that_contradicts_itself_is_refused(wrong: pb.Speed, tmp_path: Path) -> None:
+    with pytest.raises(FrameError):
+        from_message(wrong)
+    with pytest.raises(FrameError):
+        SpeedCache(tmp_path).put("a", wrong)
+
+
+# Links ----------------------------------------------------------------------------------------------------------------
+
+
+class Link:
+    """A peer at the end of a line of known length and width; the first answers take longer."""
+
+    def __init__(self, rtt_s: float, bytes_per_s: float, *, first_s: float = 0.0, limit_s: float = math.inf) -> None:
+        self.clock = Clock()
+        self.sizes: list[int] = []
+        self._rtt_s, self._bytes_per_s, self._first_s, self._limit_s = rtt_s, bytes_per_s, first_s, limit_s
+
+    async def echo(self, data: bytes, answer_bytes: int) -> bytes:
+        elapsed_s = self._rtt_s + len(data) / self._bytes_per_s + self._first_s * (not self.sizes)
+        self.sizes.append(len(data))
+        if elapsed_s > self._limit_s:
+            raise TransportError("the peer is gone")
+        self.clock.now_s += elapsed_s
+        return bytes(answer_bytes)
+
+
+@settings(max_examples=50, deadline=None)
+@given(rtt_s=st.floats(1e-5, 0.5), bytes_per_s=st.floats(1e5, 9e9))
+async def test_a_link_is_as_it_is(rtt_s: float, bytes_per_s: float) -> None:
+    link = Link(rtt_s, bytes_per_s, first_s=0.3)
+    found_s, found = await measure_link(link, clock=link.clock)
+    assert found_s == pytest.approx(rtt_s)
+    assert found == pytest.approx(bytes_per_s, rel=1e-3)
+    assert link.sizes.count(0) > 20
+
+
+async def test_a_link_too_fast_to_tell_reports_the_most_there_is() -> None:
+    link = Link(1e-4, 1e13)
+    assert (await measure_link(link, clock=link.clock))[1] == MAX_BYTES_PER_S
+    link = Link(1e-4, math.inf)
+    assert (await measure_link(link, clock=link.clock))[1] == MAX_BYTES_PER_S
+
+
+async def test_a_slow_link_is_not_kept_busy() -> None:
+    link = Link(0.01, 1e5)
+    began = link.clock()
+    await measure_link(link, clock=link.clock)
+    assert link.clock() - began < 21 * 0.01 + 0.5 + 0.7
+    assert max(link.sizes) == 64 << 10
+    fast = Link(0.001, 1e9)
+    await measure_link(fast, clock=fast.clock)
+    assert max(fast.sizes) == 4 << 20
+
+
+async def test_a_peer_that_is_gone_is_an_error() -> None:
+    link = Link(0.01, 1e6, limit_s=0.02)
+    with pytest.raises(TransportError, match="gone"):
+        await measure_link(link, clock=link.clock)
