@@ -67,7 +67,7 @@ def test_those_who_open_at_the_same_time_get_the_same_authority_and_token(tmp_pa
 def test_an_identity_is_its_names_for_its_time(authority: Authority) -> None:
     now = datetime.now(UTC)
     node, head = authority.identity("n-1"), authority.identity("head")
-    for identity, days in ((node, 90), (head, 365)):
+    for identity, days in ((node, 1095), (head, 1095)):
         member = read_member(identity.certificate, read_certificate(authority.certificate))
         assert (member.name, member.token_id) == (identity.name, "")
         assert abs(identity.expires - now - timedelta(days=days)) < timedelta(minutes=1)

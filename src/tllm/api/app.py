@@ -56,7 +56,7 @@ def create_app(state: ApiState) -> FastAPI:
     _get(app, state, "/metrics", _metrics, "Prometheus metrics.")
     _get(app, state, "/version", _version, "The server's version.")
     _get(app, state, "/tllm/v1/cluster", show_cluster, "The cluster's nodes, its plan and what it predicts.")
-    _get(app, state, "/tllm/v1/join", show_joining, "Where a node joins, without a key.")
+    _get(app, state, "/tllm/v1/join", show_joining, "Where a node joins.")
     _post(app, state, "/tllm/v1/nodes/{node:path}/drain", drain_node, None, "Take a node out of every plan.")
     _post(app, state, "/tllm/v1/nodes/{node:path}/undrain", undrain_node, None, "Let plans use a node again.")
     app.openapi = functools.partial(_document, app)  # type: ignore[method-assign]

@@ -1,6 +1,6 @@
 """`/tllm/v1`: the cluster behind this server, as no other API has it: who computes what, who shall not, how to join.
 
-All of it needs the key but `/tllm/v1/join`, which tells a newcomer no more than where to prove itself.
+All of it needs the key, as everything but health does.
 This file does not know how the cluster does any of it.
 """
 

@@ -21,7 +21,7 @@ from starlette.datastructures import Headers
 from tllm.api.errors import ErrorReply, forbidden, unauthorized
 from tllm.api.state import ApiState
 
-OPEN_PATHS = frozenset(("/health", "/live", "/ready", "/tllm/v1/join"))
+OPEN_PATHS = frozenset(("/health", "/live", "/ready"))
 PREFLIGHT_MAX_AGE_S = 600
 EXPOSED_HEADERS = "x-request-id, openai-processing-ms, retry-after, retry-after-ms, x-should-retry"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -13,6 +15,7 @@ from tllm.cli import options
 from tllm.core.config import DEFAULT_GRPC_PORT, Deadlines, NodeConfig, is_loopback, join_address, split_address
 from tllm.core.errors import ConfigError
 
+_ANSWER_S = 1.0  # for a connection to one of a head's addresses
 _FIND_S = 3.0  # for heads to answer on the network
 
 
@@ -133,7 +136,7 @@ async def _find(address: str | None, token: str | None, cluster: str | None) -> 
         if len({head.fingerprint for head in found}) > 1:
             names = ", ".join(sorted({head.cluster for head in found}))
             raise ConfigError(f"Several heads answered, of {names}. Name one with --cluster, or by its address.")
-        address = join_address(found[0].addresses[0], found[0].port)
+        address = await _first_that_answers([one for head in found for one in head.join_addresses])
     if token is None:
         if not is_loopback(split_address(address, default_port=DEFAULT_GRPC_PORT)[0]) and not local_heads():
             raise ConfigError(
@@ -142,6 +145,18 @@ async def _find(address: str | None, token: str | None, cluster: str | None) -> 
             )
         token = rpc.TokenStore(rpc.Authority.open(state_directory() / "cluster")).default()
     return _Target(address=address, token=token, pin=rpc.JoinToken.parse(token).pin.hex())
+
+
+async def _first_that_answers(addresses: Sequence[str]) -> str:
+    """Of the several addresses of one head; the first where none does, for the error that comes of it."""
+    for address in addresses:
+        host, port = split_address(address, default_port=DEFAULT_GRPC_PORT)
+        with contextlib.suppress(OSError):  # also a timeout
+            async with asyncio.timeout(_ANSWER_S):
+                _, writer = await asyncio.open_connection(host, port)
+            writer.close()
+            return address
+    return addresses[0]
 
 
 def _say(line: str) -> None:

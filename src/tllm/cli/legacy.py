@@ -262,7 +262,8 @@ def node_ports(grpc_port: int | None) -> range | None:
 def ask_where_to_join(url: str) -> str:
     """HOST:PORT for nodes, from the HTTP side of the head; who answers there must still prove itself to the token.
 
-    Raises TransportError when nobody answers, or somebody else does.
+    A head that wants an API key for that, which nodes do not have, is joined at the usual port. Raises TransportError
+    when nobody answers, or somebody else does.
     """
     import httpx
 
@@ -274,6 +275,9 @@ def ask_where_to_join(url: str) -> str:
             f"No answer from {url}. Check that the server runs, listens beyond its own machine and is not behind a "
             f"firewall (tllm doctor HOST:{DEFAULT_GRPC_PORT}), or join directly: tllm join HOST:{DEFAULT_GRPC_PORT}"
         ) from error
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        print(f"{url} keeps its gRPC port to itself; trying {DEFAULT_GRPC_PORT}.", flush=True)
+        return join_address(httpx.URL(url).host, DEFAULT_GRPC_PORT)
     try:
         answer = response.json()
     except ValueError:

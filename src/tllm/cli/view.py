@@ -70,6 +70,8 @@ class StartView:
             case Measuring():
                 self._say(f"Measuring {event.num_nodes} nodes and their links, some seconds the first time.")
             case Waiting():
+                if event.reason:
+                    self._say(event.reason)
                 self._say(f"Waiting for {event.num_nodes} node{'s' * (event.num_nodes > 1)}.")
             case Planned():
                 self._forget_bars()

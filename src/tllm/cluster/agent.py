@@ -33,7 +33,7 @@ from tllm.cluster.machine import (
     platform_name,
     processors,
 )
-from tllm.cluster.measure import SpeedCache, measure_link
+from tllm.cluster.measure import SpeedCache, glance_at_link, measure_link
 from tllm.cluster.process import WorkerProcess
 from tllm.cluster.shards import ShardStore
 from tllm.core.config import Deadlines, NodeConfig, join_address, split_address, state_directory
@@ -384,7 +384,8 @@ class Agent:
                     asyncio.timeout(self._deadlines.measure_s),
                     ShardClient(addresses, identity=self._identity, peer=order.node_id) as client,
                 ):
-                    measured.rtt_s, measured.bytes_per_s = await measure_link(client)
+                    measure = glance_at_link if order.glance else measure_link
+                    measured.rtt_s, measured.bytes_per_s = await measure(client)
             except (TllmError, TimeoutError) as error:
                 measured.failed = str(error) or f"no answer within {self._deadlines.measure_s:g} s"
             await self._send(pb.AgentMessage(measured_link=measured))

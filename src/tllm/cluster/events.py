@@ -40,9 +40,10 @@ class Measuring:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
-    """For that many nodes before a plan is made."""
+    """For that many nodes before a plan is made; `reason`: why those there are do not suffice, if they were counted."""
 
     num_nodes: int
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

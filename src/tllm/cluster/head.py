@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 
 from tllm.cluster.agent import Agent
 from tllm.cluster.deployment import Deployment
@@ -56,8 +57,8 @@ from tllm.core.types import DType, Epoch
 from tllm.models.checkpoint import Checkpoint
 from tllm.models.repository import resolve_headers, resolve_model
 from tllm.models.spec import Shard
-from tllm.planner.cost import gain
-from tllm.planner.plan import Plan
+from tllm.planner.cost import gain, predict
+from tllm.planner.plan import Plan, Prediction
 from tllm.planner.profile import Load, ModelProfile
 from tllm.planner.search import place
 from tllm.transport import rpc
@@ -72,6 +73,7 @@ _SETTLE_S = 0.5  # after a change of the nodes, for others that come with it
 _MAX_FAILED = 4  # attempts in a row to build a pipeline, then the open requests end
 _NEWS_S = 0.1  # after a loss, for what else was lost with it to be heard of
 _COOL_DOWN_S = 10.0  # between two changes that nothing but speed asks for
+_PROBE_S = 15.0  # between looks at the links of the plan in force
 _NUM_EVENTS = 20  # kept for people who look later
 
 
@@ -235,7 +237,10 @@ class Head:
             delay_s = 0.0 if leaving else max(0.0, not_before_s - time.monotonic())
             if delay_s == 0 and (reason := await self._prepared(pipeline, membership, rollout, leaving)) is not None:
                 return reason
-            await asyncio.wait({changed}, timeout=delay_s or None)
+            await asyncio.wait({changed}, timeout=delay_s or _PROBE_S)
+            if not changed.done() and delay_s == 0:
+                assert self._measurements is not None
+                await self._measurements.look_again([worker.member for worker in pipeline.workers])
             if changed.done():
                 changed = membership.next_change()
                 await asyncio.sleep(_SETTLE_S)
@@ -254,7 +259,7 @@ class Head:
                     return None
                 reason = "every node is to have a part"
             else:
-                old, new = pipeline.plan.prediction, plan.prediction
+                old, new = self._prediction(pipeline), plan.prediction
                 if old is None or new is None or (gained := gain(old, new, self._load)) <= _WORTH:
                     return None
                 reason = f"another plan is {gained:.0%} faster"
@@ -265,11 +270,29 @@ class Head:
             log.warning("the plan in force stays: %s", error)
             return None
 
+    def _prediction(self, pipeline: Pipeline) -> Prediction | None:
+        """Of the plan in force, by what is known now."""
+        assert self._measurements is not None
+        members = [worker.member for worker in pipeline.workers]
+        stages = [
+            replace(stage, node=self._measurements.profile(member))
+            for stage, member in zip(pipeline.plan.stages, members, strict=True)
+        ]
+        links = self._measurements.links(members)
+        return predict(self._model, stages, links, self._load, head_machine=machine_id())
+
     async def _first_pipeline(self, membership: Membership, rollout: Rollout) -> Pipeline:
+        """A model too large for the nodes there are waits for others, where others can join."""
         while True:
             changed = membership.next_change()
             try:
                 return await self._new_pipeline(membership, rollout)
+            except PlanError as error:
+                if is_loopback(self._config.host):
+                    raise
+                self._observe(Waiting(num_nodes=len(membership.members) + 1, reason=str(error)))
+                await asyncio.wait({changed})
+                await asyncio.sleep(_SETTLE_S)
             except UnavailableError as error:
                 if not changed.done() and not any(member.rests_s() for member in membership.members):
                     raise

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from tllm.core.config import split_address
+from tllm.core.errors import TransportError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -48,14 +49,20 @@ def platform_name() -> str:
 
 
 def local_host_towards(address: str) -> str:
-    """The address of this machine's interface that faces `address`; empty when it is a Unix socket."""
+    """The address of this machine's interface that faces `address`; empty when it is a Unix socket.
+
+    Raises TransportError when there is no way there.
+    """
     if address.startswith("unix:"):
         return ""
     host, port = split_address(address, default_port=1)
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family[0], socket.SOCK_DGRAM) as probe:
-        probe.connect(family[4])  # a datagram socket sends nothing; it only chooses the interface
-        return str(probe.getsockname()[0])
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family[0], socket.SOCK_DGRAM) as probe:
+            probe.connect(family[4])  # a datagram socket sends nothing; it only chooses the interface
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise TransportError(f"There is no way from this machine to {host}: {error.strerror}.") from error
 
 
 def end_with_parent(parent: int) -> None:

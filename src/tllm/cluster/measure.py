@@ -480,3 +480,21 @@ async def measure_link(client: Echoes, *, clock: Clock = time.perf_counter) -> t
     (less, less_s), (more, more_s) = best[-2:]
     seconds = max(more_s - less_s, (more - less) / MAX_BYTES_PER_S)
     return statistics.median(small), (more - less) / seconds
+
+
+_GLANCE_BYTES: Final = 64 << 10
+_GLANCES: Final = 3
+
+
+async def glance_at_link(client: Echoes, *, clock: Clock = time.perf_counter) -> tuple[float, float]:
+    """The same by a few messages that disturb nobody: good enough to see that a link is no longer what it was."""
+
+    async def echo_s(data: bytes) -> float:
+        began = clock()
+        await client.echo(data, 1)
+        return clock() - began
+
+    await echo_s(b"")
+    rtt_s = min([await echo_s(b"") for _ in range(_GLANCES)])
+    blob_s = min([await echo_s(bytes(_GLANCE_BYTES)) for _ in range(_GLANCES)])
+    return rtt_s, _GLANCE_BYTES / max(blob_s - rtt_s, _GLANCE_BYTES / MAX_BYTES_PER_S)

@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import json
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from dataclasses import replace
 from tllm.cluster.measure import from_message, speed_key
 from tllm.cluster.membership import Member
 from tllm.core.config import Deadlines
-from tllm.core.errors import TransportError
+from tllm.core.errors import FrameError, TransportError
 from tllm.core.types import DType
 from tllm.models.checkpoint import Checkpoint
 from tllm.planner.profile import HEAD, LinkProfile, NodeProfile, Speed
@@ -41,20 +42,32 @@ class Measurements:
         self._deadlines = deadlines
         self._speeds: dict[tuple[str, str], Speed | None] = {}  # (node, its agent's process); None: it could not say
         self._links: dict[tuple[str, str], LinkProfile] = {}  # by instances of agents
+        self._in_vain: dict[tuple[str, str], tuple[int, int]] = {}  # links that could not be measured; see `_streams`
+        self._suspects: set[tuple[str, str]] = set()  # links that looked different once
 
     def missing(self, members: Sequence[Member]) -> bool:
         """Whether there is anything to ask."""
         return any(_who(member) not in self._speeds for member in members) or bool(self._unknown_pairs(members))
 
+    def keep(self, members: Sequence[Member]) -> None:
+        """Forget what was measured of agents that are none of these and do not come back."""
+        whos, instances = {_who(member) for member in members}, {member.instance for member in members} | {HEAD}
+        self._speeds = {who: speed for who, speed in self._speeds.items() if who in whos}
+        self._links = {pair: link for pair, link in self._links.items() if set(pair) <= instances}
+        self._in_vain = {pair: streams for pair, streams in self._in_vain.items() if pair in self._links}
+        self._suspects = {pair for pair in self._suspects if set(pair) <= instances}
+
     async def take(self, members: Sequence[Member]) -> None:
-        """Ask whoever has not been asked. A node that does not answer is planned without a measured speed."""
+        """Ask whoever has not been asked. A node that does not answer in time is planned without a measured speed; one
+        that cannot be reached is asked again when it is back."""
         by_machine: dict[str, list[Member]] = defaultdict(list)
         for member in members:
             if _who(member) not in self._speeds:
                 by_machine[member.profile.machine].append(member)
         await asyncio.gather(*(self._measure_machine(machine) for machine in by_machine.values()))
         for pair in self._unknown_pairs(members):  # one at a time: two that share a cable would halve it
-            await self._measure_link(*pair)
+            if all(member is None or member.attached for member in pair):
+                await self._measure_link(*pair)
 
     def profile(self, member: Member) -> NodeProfile:
         return replace(member.profile, speed=self._speeds.get(_who(member)))
@@ -69,13 +82,14 @@ class Measurements:
         """One stream's speed if this node's worker held the whole model."""
         if (speed := self._speeds.get(_who(member))) is None:
             return None
-        return 1.0 / (speed.step_s + self._num_layers * speed.layer_s[0] + speed.head_s[0])
+        token_s = speed.step_s + self._num_layers * speed.layer_s[0] + speed.head_s[0]
+        return 1.0 / token_s if token_s > 0 else None
 
     async def _measure_machine(self, members: Sequence[Member]) -> None:
         for member in members:
-            self._speeds[_who(member)] = await self._measure(member)
+            await self._measure(member)
 
-    async def _measure(self, member: Member) -> Speed | None:
+    async def _measure(self, member: Member) -> None:
         profile = member.profile
         num_threads = max(1, profile.num_threads // profile.num_workers)
         order = pb.Measure(
@@ -86,14 +100,19 @@ class Measurements:
             engine=_ENGINE,
             key=speed_key(self._config, self._dtype, profile.device, num_threads, _ENGINE),
         )
+        speed = None
         try:
             answer = await member.ask(pb.HeadMessage(measure=order), order.key, self._deadlines.measure_s)
-            if answer.measured.failed:
-                raise TransportError(answer.measured.failed)
-            return from_message(answer.measured.speed)
+            if not (why := answer.measured.failed):
+                speed = from_message(answer.measured.speed)
+        except (FrameError, TimeoutError) as error:
+            why = str(error)
         except TransportError as error:
-            log.warning("%s has no measured speed: %s", profile.name, error)
-            return None
+            log.info("%s was not measured: %s", profile.name, error)
+            return
+        if why:
+            log.warning("%s has no measured speed: %s", profile.name, why)
+        self._speeds[_who(member)] = speed
 
     def _unknown_pairs(self, members: Sequence[Member]) -> list[tuple[Member, Member | None]]:
         pairs: list[tuple[Member, Member | None]] = [(member, None) for member in members if member.profile.host]
@@ -103,23 +122,75 @@ class Measurements:
                 for one, other in itertools.combinations(members, 2)
                 if one.profile.machine != other.profile.machine
             ]
-        return [pair for pair in pairs if _instances(*pair) not in self._links]
+        return [pair for pair in pairs if self._is_unknown(*pair)]
+
+    def _is_unknown(self, member: Member, other: Member | None) -> bool:
+        """Never asked, or asked in vain and one of the two was lost since: then they may hear each other now."""
+        key, streams = _instances(member, other), _streams(member, other)
+        return key not in self._links or self._in_vain.get(key, streams) != streams
+
+    async def look_again(self, members: Sequence[Member]) -> None:
+        """Forget what was measured of a link between these nodes, or between them and the head, that has become much
+        slower or faster and stays so: it is measured anew for the next plan.
+
+        One look alone does not count: a long prompt on its way makes a link look slow for a moment.
+        """
+        pairs: list[tuple[Member, Member | None]] = [(members[0], None), (members[-1], None)]
+        pairs += list(itertools.pairwise(members))
+        for member, other in dict.fromkeys(pairs):
+            key = _instances(member, other)
+            known = self._links.get(key) or self._links.get(key[::-1])
+            if known is None or not member.attached:
+                continue
+            try:
+                now = await self._asked_link(member, other, glance=True)
+            except TransportError as error:
+                log.info("the link to %s was not looked at: %s", member.profile.name, error)
+                continue
+            before_s, now_s = (link.rtt_s + _LOOK_BYTES / link.bytes_per_s for link in (known, now))
+            if max(before_s, now_s) < _CHANGED * min(before_s, now_s) + _UNSEEN_S:
+                self._suspects.discard(key)
+            elif key in self._suspects:
+                log.warning("the link %s -> %s is not what it was: %.1f ms", now.source, now.target, 1000 * now_s)
+                self._suspects.discard(key)
+                self._links.pop(key, None)
+                self._links.pop(key[::-1], None)
+            else:
+                self._suspects.add(key)
 
     async def _measure_link(self, member: Member, other: Member | None) -> None:
+        key = _instances(member, other)
+        try:
+            link = self._links[key] = await self._asked_link(member, other)
+        except TransportError as error:
+            log.info("the link from %s was not measured: %s", member.profile.name, error)
+            return
+        self._in_vain.pop(key, None)
+        if link.rtt_s == _UNKNOWN_RTT_S:
+            self._in_vain[key] = _streams(member, other)
+
+    async def _asked_link(self, member: Member, other: Member | None, *, glance: bool = False) -> LinkProfile:
+        """A link that does not answer looks like one that nobody would choose. Raises TransportError when one of the
+        two nodes cannot be reached by the head: that says nothing of the link."""
         target = HEAD if other is None else other.profile.id
         addresses = [] if other is None else [a for a in other.addresses if not a.startswith("unix:")]
-        order = pb.MeasureLink(node_id=target, addresses=addresses)
+        order = pb.MeasureLink(node_id=target, addresses=addresses, glance=glance)
         link = LinkProfile(source=member.profile.id, target=target, rtt_s=_UNKNOWN_RTT_S, bytes_per_s=_UNKNOWN_RATE)
         try:
-            answer = await member.ask(pb.HeadMessage(measure_link=order), target, self._deadlines.measure_s)
-            found = answer.measured_link
-            if found.failed:
-                raise TransportError(found.failed)
-            link = replace(link, rtt_s=found.rtt_s, bytes_per_s=found.bytes_per_s)
-        except TransportError as error:
-            log.warning("the link %s -> %s could not be measured: %s", link.source, target, error)
-        self._links[_instances(member, other)] = link
+            message = pb.HeadMessage(measure_link=order)
+            found = (await member.ask(message, target, self._deadlines.measure_s, about=other)).measured_link
+        except TimeoutError as error:
+            why = str(error)
+        else:
+            if not (why := found.failed) and 0 <= found.rtt_s < math.inf and 0 < found.bytes_per_s < math.inf:
+                return replace(link, rtt_s=found.rtt_s, bytes_per_s=found.bytes_per_s)
+        log.warning("the link %s -> %s could not be measured: %s", link.source, target, why or "nonsense was answered")
+        return link
 
+
+_LOOK_BYTES = 16 << 10  # of the message whose time is compared
+_CHANGED = 3.0
+_UNSEEN_S = 0.002  # noise that is no change, however fast a link is
 
 # Of a link that answers no measurement: nobody should be sent over it while there is another way.
 _UNKNOWN_RTT_S = 10.0
@@ -132,3 +203,8 @@ def _who(member: Member) -> tuple[str, str]:
 
 def _instances(member: Member, other: Member | None) -> tuple[str, str]:
     return member.instance, HEAD if other is None else other.instance
+
+
+def _streams(member: Member, other: Member | None) -> tuple[int, int]:
+    """Another one whenever one of the two was lost and is back."""
+    return member.num_streams, 0 if other is None else other.num_streams

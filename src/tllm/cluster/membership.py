@@ -18,7 +18,6 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TypeVar
 
 from tllm import __version__
@@ -35,6 +34,7 @@ T = TypeVar("T")
 
 _FIRST_REST_S = 1.0  # of a node whose worker crashed or could not be reached; doubled every time
 _LAST_REST_S = 60.0
+_MAX_WORKERS = 256  # of one node
 
 _order_numbers = itertools.count(1)
 
@@ -57,6 +57,7 @@ class WorkerHandle:
         self.holds: pb.Load | None = None  # the shard in its memory, or on the way there; None when nobody knows
         self.engaged = False  # part of a pipeline
         self.stopping = False
+        self._number = 0  # of the load order that is waited for; 0: none
         self._epoch = 0
         self._on_loading: Callable[[pb.Loading], None] = lambda loading: None
         self.engage(self._on_loading)
@@ -69,12 +70,12 @@ class WorkerHandle:
         self.ready: asyncio.Future[pb.Ready] = loop.create_future()
         self.lost: asyncio.Future[str] = loop.create_future()
         self.engaged = True
-        self._epoch = 0
+        self._number, self._epoch = 0, 0
         self._on_loading = on_loading
 
     async def load(self, load: pb.Load) -> None:
         """Raises TransportError when the node cannot be reached."""
-        load.number = next(_order_numbers)
+        self._number = load.number = next(_order_numbers)
         self.holds = load
         await self.order(pb.WorkerOrder(load=load))
 
@@ -92,7 +93,7 @@ class WorkerHandle:
         match event.WhichOneof("event"):
             case "loading":
                 self._on_loading(event.loading)
-            case "loaded" if self.holds is not None and event.loaded.number == self.holds.number:
+            case "loaded" if event.loaded.number == self._number:  # others answer an earlier task
                 _answer(self.loaded, event.loaded)
             case "ready" if event.ready.epoch == self._epoch:
                 _answer(self.ready, event.ready)
@@ -108,7 +109,7 @@ class WorkerHandle:
                     self.member.strike()
 
     def resume(self, state: pb.WorkerState) -> None:
-        """What its agent knows of it, after a time in which the head heard nothing."""
+        """What its agent knows of it, after a time in which the head heard nothing; an order may have been lost in it."""
         if self.holds is None or state.load.number != self.holds.number:
             self.holds = state.load if state.HasField("loaded") else None
         if state.HasField("loaded"):
@@ -117,6 +118,9 @@ class WorkerHandle:
             self.take(pb.WorkerEvent(ready=pb.Ready(epoch=state.epoch)))
         if state.HasField("failed"):
             self.take(pb.WorkerEvent(failed=state.failed))
+        starting = self._epoch != 0 and not self.ready.done()
+        if starting or self._number not in (0, state.load.number):
+            self.lose("its node could not be reached while it was given orders")
 
     def end(self, reason: str) -> None:
         """Its process is gone."""
@@ -155,7 +159,9 @@ class Member:
         self.rtt_s: float | None = None
         self.free_bytes: int | None = None
         self.reason = ""  # why it is not attached, or rests
+        self.num_streams = 0  # so far, of its agent
         self._peer: rpc.ControlPeer | None = None
+        self.unreachable: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # of its present stream
         self._beat = (0, 0.0)  # the last heartbeat's number, and when it was sent
         self._num_strikes = 0
         self._rests_until_s = 0.0
@@ -206,22 +212,31 @@ class Member:
         handle.stopping = True
         try:
             await handle.order(pb.WorkerOrder(stop=pb.Stop()))
-            await asyncio.wait({handle.exited}, timeout=deadline_s)
+            await asyncio.wait(
+                {handle.exited, self.unreachable}, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED
+            )
         except TransportError:
             log.info("%s is gone and took worker %s with it", self.profile.name, handle.id)
         finally:
             self.workers.pop(handle.id, None)
 
-    async def ask(self, message: pb.HeadMessage, key: str, timeout_s: float) -> pb.AgentMessage:
-        """A measurement and its answer, which carries the same key. Raises TransportError when none comes."""
+    async def ask(
+        self, message: pb.HeadMessage, key: str, timeout_s: float, *, about: Member | None = None
+    ) -> pb.AgentMessage:
+        """A measurement and its answer, which carries the same key. Raises TimeoutError when none comes in time, and
+        at once TransportError when this node, or the one that it is asked `about`, can no longer be reached."""
+        lost = {member: member.unreachable for member in (self, about) if member is not None}
         answer: asyncio.Future[pb.AgentMessage] = asyncio.get_running_loop().create_future()
         self._measured[key] = answer
         try:
             await self.send(message)
-            async with asyncio.timeout(timeout_s):
-                return await answer
-        except TimeoutError as error:
-            raise TransportError(f"{self.profile.name} did not measure within {timeout_s:g} s") from error
+            await asyncio.wait({answer, *lost.values()}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return answer.result()
+            for member, future in lost.items():
+                if future.done():
+                    raise TransportError(f"{member.profile.name} cannot be reached: {member.reason}")
+            raise TimeoutError(f"{self.profile.name} did not measure within {timeout_s:g} s")
         finally:
             self._measured.pop(key, None)
 
@@ -251,6 +266,9 @@ class Member:
 
     def take_stream(self, peer: rpc.ControlPeer, attach: pb.Attach) -> rpc.ControlPeer | None:
         """A stream of its agent, the first or another one; returns the one that it replaces."""
+        _answer(self.unreachable, None)  # what was asked over the one before gets no answer
+        self.unreachable = asyncio.get_running_loop().create_future()
+        self.num_streams += 1
         before, self._peer = self._peer, peer
         self.addresses = tuple(attach.addresses)
         self.reason = ""
@@ -269,14 +287,18 @@ class Member:
         """Whether the node cannot be reached any more: not so when another stream has taken its place."""
         if self._peer is not peer:
             return False
-        self._peer, self.reason = None, reason
+        self._gone(reason)
         return True
 
     def end(self, reason: str) -> None:
         """The node is gone, and what it ran with it."""
-        self._peer, self.reason = None, reason
+        self._gone(reason)
         for worker in list(self.workers.values()):
             worker.end(f"its node is gone: {reason}")
+
+    def _gone(self, reason: str) -> None:
+        self._peer, self.reason = None, reason
+        _answer(self.unreachable, None)
 
     async def let_go(self, reason: str, *, again: bool) -> None:
         """Tell its agent that the head wants it no longer; `again`: until it comes back."""
@@ -308,6 +330,7 @@ class Membership:
         self._on_left = on_left
         self._is_revoked = is_revoked
         self._members: dict[str, Member] = {}
+        self._drained: set[str] = set()  # nodes that were lost and are still to be left out when they are back
         self._forgetting: set[asyncio.Task[None]] = set()
         self._change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -335,7 +358,7 @@ class Membership:
         except TransportError as error:
             if member.lose_stream(peer, str(error)):
                 log.warning("%s cannot be reached: %s", member.profile.name, error)
-                task = asyncio.create_task(self._forget_unless_back(member), name="forget node")
+                task = asyncio.create_task(self._forget_unless_back(member, member.num_streams), name="forget node")
                 self._forgetting.add(task)
                 task.add_done_callback(self._forgetting.discard)
                 self.tell()
@@ -358,6 +381,8 @@ class Membership:
             return "The join token by which this node came was revoked. Join again with another one."
         if not attach.node_id:
             return "The node has no id. Join with a token."
+        if attach.profile.num_workers > _MAX_WORKERS:
+            return f"The node offers {attach.profile.num_workers} workers; at most {_MAX_WORKERS} are allowed."
         return None
 
     async def _add(self, peer: rpc.ControlPeer, attach: pb.Attach) -> Member:
@@ -367,12 +392,14 @@ class Membership:
             member = known
         else:
             member = Member(profile, attach.instance)
+            member.draining = profile.id in self._drained
+            self._drained.discard(profile.id)
             if known is not None:
                 member.draining = known.draining
                 await known.let_go("another agent with this node's identity took its place", again=False)
                 known.end("its agent was started again")
         member.token_id = peer.token_id
-        member.profile = replace(profile, speed=member.profile.speed)
+        member.profile = profile
         if (before := member.take_stream(peer, attach)) is not None:
             await before.aclose()
         self._members[profile.id] = member
@@ -391,14 +418,17 @@ class Membership:
                 return
             await asyncio.sleep(2 * self._deadlines.heartbeat_s)
 
-    async def _forget_unless_back(self, member: Member) -> None:
+    async def _forget_unless_back(self, member: Member, num_streams: int) -> None:
+        """`num_streams`: that it had had when it was lost; with another one its time began anew."""
         await asyncio.sleep(self._deadlines.rejoin_s)
-        if not member.attached and self._members.get(member.profile.id) is member:
-            self._remove(member, f"it could not be reached for {self._deadlines.rejoin_s:g} s")
+        if member.num_streams == num_streams:
+            self.forget(member, f"it could not be reached for {self._deadlines.rejoin_s:g} s")
 
     def forget(self, member: Member, reason: str) -> None:
         """A node that cannot be reached, and whose workers turned out to be gone."""
         if not member.attached and self._members.get(member.profile.id) is member:
+            if member.draining:
+                self._drained.add(member.profile.id)
             self._remove(member, reason)
 
     def _remove(self, member: Member, reason: str) -> None:

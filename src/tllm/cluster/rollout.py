@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from tllm.cluster.events import Observer, ShardLoaded, ShardLoading
 from tllm.cluster.machine import local_host_towards
@@ -30,6 +31,8 @@ from tllm.planner.profile import HEAD, NodeProfile
 from tllm.transport import rpc, wire
 from tllm.transport import wire_pb2 as pb
 from tllm.transport.base import FrameLimits
+
+T = TypeVar("T")
 
 _KV_SHARE = 0.5  # of what is free on a device after loading, when nobody says how much
 _KV_SEQUENCES = 8  # contexts of full length that the KV cache need not exceed, when nobody says how much
@@ -111,7 +114,7 @@ class Rollout:
 
         Raises UnavailableError when a worker fails; nothing that serves was touched.
         """
-        assigned = self._assign(plan, members, free=False)
+        assigned = self._assign(plan, members)
         new = [(stage, worker) for stage, worker in zip(plan.stages, assigned, strict=True) if worker.holds is None]
         if not new:
             return
@@ -134,7 +137,7 @@ class Rollout:
         room for KV. Workers that failed are ended, the others keep what they loaded; the node to blame is left out of
         plans for a while.
         """
-        workers = self._assign(plan, members, free=True)
+        workers = self._assign(plan, members)
         for stage, worker in zip(plan.stages, workers, strict=True):
             worker.engage(partial(self._say_loading, stage))
         try:
@@ -154,7 +157,8 @@ class Rollout:
                 case WorkerLostError() | TransportError():
                     raise UnavailableError(str(error), state="degraded") from error
                 case TimeoutError():
-                    late = [worker for worker in workers if not worker.ready.done()]
+                    late = [worker for worker in workers if not worker.loaded.done()]
+                    late = late or [worker for worker in workers if not worker.ready.done()]
                     for worker in late[-1:]:  # the others wait for it
                         worker.member.strike("its worker did not get ready in time")
                     await self._stop(late)
@@ -168,10 +172,9 @@ class Rollout:
 
     # ------------------------------------------------------------------------------------------------ assign
 
-    def _assign(self, plan: Plan, members: Mapping[str, Member], *, free: bool) -> list[WorkerHandle]:
-        """A worker for every stage: of those on its node that hold the same model the one with the most of its bytes;
-        a new one where there is none. `free`: those of a pipeline in force may be taken as well, since there is none.
-        """
+    def _assign(self, plan: Plan, members: Mapping[str, Member]) -> list[WorkerHandle]:
+        """A worker for every stage: of those on its node that hold the same model, a pipeline in force or not, the one
+        with the most of its layers; a new one where there is none."""
         taken: set[str] = set()
         assigned = []
         for stage in plan.stages:
@@ -230,7 +233,7 @@ class Rollout:
         async def load(stage: StagePlan, worker: WorkerHandle) -> pb.Loaded:
             sources = self._sources(stage.node, members)
             await worker.load(self._load_order(stage, sources, listens=crosses_machines))
-            answer = await worker.loaded
+            answer = await _answer(worker, worker.loaded)
             self._observe(ShardLoaded(stage=stage, load_s=answer.load_s, fetched_bytes=answer.fetched_bytes))
             return answer
 
@@ -290,7 +293,7 @@ class Rollout:
                 start.next.extend(self._addresses(loaded[index + 1], nodes[index + 1], nodes[index]))
             try:
                 await workers[index].start(start)
-                await workers[index].ready
+                await _answer(workers[index], workers[index].ready)
             except WorkerLostError:
                 self._blame(workers, index)
                 raise
@@ -323,6 +326,16 @@ class Rollout:
     async def _stop(self, workers: Sequence[WorkerHandle]) -> None:
         """The agent kills what does not end within `stop_s`; a little longer, and nobody is waited for any more."""
         await asyncio.gather(*(worker.member.stop_worker(worker, 2 * self._deadlines.stop_s) for worker in workers))
+
+
+async def _answer(worker: WorkerHandle, future: asyncio.Future[T]) -> T:
+    """What comes of an order. Raises WorkerLostError, and TransportError as soon as its node cannot be reached: it may
+    be back later, with a worker that has gone on; others have plans to make without it meanwhile."""
+    member = worker.member
+    await asyncio.wait({future, member.unreachable}, return_when=asyncio.FIRST_COMPLETED)
+    if not future.done():
+        raise TransportError(f"{member.profile.name} cannot be reached: {member.reason}")
+    return await future
 
 
 def _reachable(

@@ -99,7 +99,8 @@ def _improve(probe: _Probe, num_steps: int, best: Layout | None) -> Layout | Non
     impossible = 0.0  # no layout has a cycle below that
     bound = target = best.cycle_s * (1 - _EPSILON)
     while True:
-        if (found := probe(target / num_steps, target)) is not None:
+        found = probe(target / num_steps, target)
+        if found is not None and found.cycle_s < best.cycle_s:
             best = found
             bound = best.cycle_s * (1 - _EPSILON)
         elif target >= bound:

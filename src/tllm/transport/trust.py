@@ -40,8 +40,8 @@ MAX_PEM_BYTES = 8192  # of anything that a peer sends to be parsed
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # one DNS label
 _TOKEN_ID = re.compile(r"[0-9a-f]{0,64}")
 _AUTHORITY_LIFE = timedelta(days=3650)
-_HEAD_LIFE = timedelta(days=365)
-_NODE_LIFE = timedelta(days=90)
+_HEAD_LIFE = timedelta(days=1095)
+_NODE_LIFE = timedelta(days=1095)  # a process keeps its identity while it runs; tokens are what is revoked
 _SKEW = timedelta(days=1)  # that a machine's clock may be behind the head's
 
 

@@ -1174,8 +1174,11 @@ class MeasureLink(_message.Message):
 
     NODE_ID_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
+    GLANCE_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """the peer"""
+    glance: _builtins.bool
+    """a few small messages, to see whether the link is as it was"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -1183,10 +1186,11 @@ class MeasureLink(_message.Message):
         *,
         node_id: _builtins.str = ...,
         addresses: _abc.Iterable[_builtins.str] | None = ...,
+        glance: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "node_id", b"node_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "glance", b"glance", "node_id", b"node_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
