@@ -12,7 +12,7 @@ from tllm.cli.serve import _invite
 from tllm.cli.view import StartView
 from tllm.cluster.events import Lost, NodeJoined, Planned, ShardLoading
 from tllm.core.config import ServeConfig
-from tllm.planner.profile import ModelProfile, NodeProfile
+from tllm.planner.profile import Load, ModelProfile, NodeProfile
 from tllm.planner.search import place
 
 NAMES = ["[/x]", "[fd00::5]", "[bold]", ":cat:"]
@@ -54,7 +54,7 @@ def test_the_plan_names_models_peers_and_who_is_left_out_literally(name):
     plan = place(model(name), [node(name), node("other"), node(name)], min_kv_positions=1)
     out = console()
     with StartView(out) as view:
-        view(Planned(model=model(name), plan=plan))
+        view(Planned(model=model(name), plan=plan, load=Load()))
     title, *rows = printed(out).splitlines()
     assert f"{name}: 2 layers" in title
     assert any(name in row and "0..0" in row for row in rows)

@@ -44,11 +44,14 @@ def request(question: str, *, max_tokens: int) -> dict[str, object]:
     }
 
 
-def follow(url: str, body: dict[str, object], stream: Stream, *, timeout_s: float = 90) -> Stream:
+def follow(
+    url: str, body: dict[str, object], stream: Stream, *, timeout_s: float = 90, key: str | None = None
+) -> Stream:
     last_s = None
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
         with (
-            httpx.Client(timeout=timeout_s) as client,
+            httpx.Client(timeout=timeout_s, headers=headers) as client,
             client.stream("POST", f"{url}/v1/chat/completions", json=body) as response,
         ):
             for line in response.iter_lines():

@@ -78,6 +78,9 @@ class StartView:
                 self._console.print(plan_table(event.model, event.plan))
                 for line in event.plan.dropped:
                     self._say(f"  not used: {line}")
+                if event.plan.prediction is not None:
+                    for line in prediction_lines(event.plan.prediction, event.load):
+                        self._say(line)
             case ShardLoading():
                 self._advance(event.stage, event.done_bytes, event.total_bytes, took="fetching" * event.fetching)
             case ShardLoaded():
@@ -121,8 +124,8 @@ def layers_text(stage: StagePlan) -> str:
 def plan_table(model: ModelProfile, plan: Plan) -> Table:
     """Which node holds which layers, what that takes, and what a decode step reads there and is predicted to take."""
     title = Text(f"{model.name}: {model.num_layers} layers, {len(plan.stages)} stage(s)", style="table.title")
-    table = Table(title=title, title_justify="left")
     predicted = plan.prediction
+    table = Table(title=title, title_justify="left", pad_edge=predicted is None)  # 80 columns are enough for both
     columns = ["node", "layers", "holds", "threads", "weights", "read per step"]
     if predicted is not None:
         columns += ["hop", "step"]

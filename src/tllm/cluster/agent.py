@@ -15,6 +15,7 @@ This file does not know what a plan is, nor what workers say to each other. It n
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import secrets
 import socket
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 
 from tllm import __version__
 from tllm.cluster.enrolled import Place
@@ -230,7 +232,9 @@ class Agent:
                 return
             orders: asyncio.Queue[pb.WorkerOrder] = asyncio.Queue()
             self._orders[worker.id] = orders
-            self._giving[worker.id] = self._in_background(self._carry_out(worker, orders), f"orders of {worker.id}")
+            giving = self._in_background(self._carry_out(worker, orders), f"orders of {worker.id}")
+            giving.add_done_callback(partial(_end_on_bug, worker))
+            self._giving[worker.id] = giving
         if order.WhichOneof("order") == "load":
             self._workers[order.worker_id].state.load.CopyFrom(order.load)
         self._orders[order.worker_id].put_nowait(order)
@@ -287,7 +291,7 @@ class Agent:
         load.identity.CopyFrom(self._identity.to_message())
         if load.host:
             load.host = self._listen_host or load.host
-            load.port = self._port(1 + list(self._workers).index(order.worker_id))
+            load.port = self._port(self._port_number(self._workers[order.worker_id]))
         return True
 
     async def _watch(self, worker: WorkerProcess) -> None:
@@ -331,6 +335,13 @@ class Agent:
         """Of the agent (0) and its workers (1, 2, ...): the person's, while they last, else any free one."""
         ports = self._config.ports
         return ports[number] if ports is not None and number < len(ports) else 0
+
+    def _port_number(self, worker: WorkerProcess) -> int:
+        """Its own, and of no other worker, for as long as it lives."""
+        if not worker.port_number:
+            taken = {other.port_number for other in self._workers.values()}
+            worker.port_number = next(number for number in itertools.count(1) if number not in taken)
+        return worker.port_number
 
     def _advertised(self, address: str) -> str:
         """As other machines are to call it."""
@@ -404,6 +415,13 @@ class Agent:
         )
 
 
+def _end_on_bug(worker: WorkerProcess, giving: asyncio.Task[None]) -> None:
+    """A worker that gets no more orders ends, so that the head does not wait for it."""
+    if not giving.cancelled() and (error := giving.exception()) is not None:
+        log.error("%s gets no more orders", worker.id, exc_info=error)
+        worker.kill(f"Its orders cannot be carried out: {type(error).__name__}: {error}.")
+
+
 async def own_identity(
     address: str, *, token: str | None, pin: str, place: Place, deadlines: Deadlines
 ) -> rpc.Identity:
@@ -411,7 +429,8 @@ async def own_identity(
 
     Without a token only a head on this machine, at a Unix socket, enrols. Raises RefusedError or TransportError.
     """
-    if (known := place.find(pin)) is not None:
+    token_id = None if token is None else rpc.JoinToken.parse(token).token_id
+    if (known := place.find(pin, token_id)) is not None:
         return known
     identity = await rpc.enrol(address, token, timeout_s=deadlines.join_s)
     place.keep(pin, identity)

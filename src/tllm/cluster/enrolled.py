@@ -8,7 +8,6 @@ This file does not know how an identity is had from a head (`transport/trust.py`
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from tllm.core.config import state_directory
-from tllm.core.errors import ConfigError
+from tllm.core.errors import ConfigError, TransportError
 from tllm.transport import rpc
 from tllm.transport import wire_pb2 as pb
 
@@ -34,11 +33,14 @@ class Place:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def find(self, pin: str) -> rpc.Identity | None:
-        """The identity that the head with this pin once gave; None when there is none, or it ends soon."""
+    def find(self, pin: str, token_id: str | None = None) -> rpc.Identity | None:
+        """The identity that the head with this pin once gave, by that token if one is named; None when there is none,
+        or it ends soon."""
         try:
             identity = rpc.Identity.from_message(pb.Identity.FromString((self._directory / pin).read_bytes()))
-        except (FileNotFoundError, DecodeError, ValueError):
+        except (FileNotFoundError, DecodeError, TransportError):
+            return None
+        if token_id is not None and rpc.token_id_of(identity) != token_id:
             return None
         return identity if identity.expires - datetime.now(UTC) > _RENEW else None
 
@@ -46,10 +48,6 @@ class Place:
         with tempfile.NamedTemporaryFile(dir=self._directory, delete=False) as file:  # mode 0600
             file.write(identity.to_message().SerializeToString())
         os.replace(file.name, self._directory / pin)
-
-    def forget(self, pin: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            (self._directory / pin).unlink()
 
 
 @contextmanager

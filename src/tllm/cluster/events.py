@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tllm.planner.plan import Plan, StagePlan
-from tllm.planner.profile import ModelProfile, NodeProfile
+from tllm.planner.profile import Load, ModelProfile, NodeProfile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,7 @@ class Waiting:
 class Planned:
     model: ModelProfile
     plan: Plan
+    load: Load  # that it is to be best for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -286,12 +286,13 @@ class Head:
         while True:
             changed = membership.next_change()
             try:
-                return await self._new_pipeline(membership, rollout)
+                return await self._new_pipeline(await self._plan(membership), membership, rollout)
             except PlanError as error:
-                if is_loopback(self._config.host):
+                rests = [member.rests_s() for member in membership.members if member.rests_s() > 0]
+                if is_loopback(self._config.host) and not rests:
                     raise
                 self._observe(Waiting(num_nodes=len(membership.members) + 1, reason=str(error)))
-                await asyncio.wait({changed})
+                await asyncio.wait({changed}, timeout=min(rests, default=None))
                 await asyncio.sleep(_SETTLE_S)
             except UnavailableError as error:
                 if not changed.done() and not any(member.rests_s() for member in membership.members):
@@ -313,7 +314,7 @@ class Head:
             changed = membership.next_change()
             rests = [member.rests_s() for member in membership.members if member.rests_s() > 0]
             try:
-                return await self._new_pipeline(membership, rollout)
+                return await self._new_pipeline(await self._plan_at_once(membership), membership, rollout)
             except (UnavailableError, TransportError) as error:
                 log.warning("could not serve: %s", error)
                 num_failed += 1
@@ -332,9 +333,8 @@ class Head:
                 self.deployment.give_up()
             await asyncio.wait({changed}, timeout=min([deadlines.retry_s, *rests]))
 
-    async def _new_pipeline(self, membership: Membership, rollout: Rollout) -> Pipeline:
-        plan = await self._plan(membership)
-        self._observe(Planned(model=self._model, plan=plan))
+    async def _new_pipeline(self, plan: Plan, membership: Membership, rollout: Rollout) -> Pipeline:
+        self._observe(Planned(model=self._model, plan=plan, load=self._load))
         # A new epoch for every attempt: what is left of one cannot enter the next.
         members = {member.profile.id: member for member in membership.members}
         return await rollout.roll_out(plan, Epoch(next(self._epochs)), members)
@@ -342,11 +342,32 @@ class Head:
     async def _plan(self, membership: Membership) -> Plan:
         """The best for the nodes that can be used now; measures those that it knows nothing of, if that can matter."""
         assert self._measurements is not None
+        self._measurements.keep(membership.members)
         usable = membership.usable
         if len(usable) > 1 and self._measurements.missing(usable):
             self._observe(Measuring(num_nodes=len(usable)))
             await self._measurements.take(usable)
             usable = tuple(member for member in usable if member.state is NodeState.READY)
+        return self._place(usable)
+
+    async def _plan_at_once(self, membership: Membership) -> Plan:
+        """The same while requests wait: of the nodes that had a part or were measured before, as long as they suffice.
+        The others can be measured when the requests go on."""
+        assert self._measurements is not None
+        before = self.deployment.plan
+        had_part = {stage.node.id for stage in before.stages} if before is not None else set()
+        known = [
+            member
+            for member in membership.usable
+            if member.profile.id in had_part or not self._measurements.missing([member])
+        ]
+        try:
+            return self._place(known)
+        except PlanError:
+            return await self._plan(membership)
+
+    def _place(self, usable: Sequence[Member]) -> Plan:
+        assert self._measurements is not None
         return place(
             self._model,
             [self._measurements.profile(member) for member in usable],
@@ -412,15 +433,22 @@ class Head:
         return Joining(cluster=self._config.cluster, grpc_port=port, fingerprint=self._authority.pin.hex())
 
     async def drain(self, node: str) -> None:
-        """As in `status.Cluster`. Returns when the plan in force does without the node."""
+        """As in `status.Cluster`. Returns when the plan in force does without the node. Raises UnavailableError when
+        somebody wants it back meanwhile, or no other plan comes about; the node is left out of plans then, too."""
         member, membership = self._find(node)
-        others = [other.profile for other in membership.usable if other is not member]
-        place(  # raises PlanError when the model does not fit without it
-            self._model, others, min_kv_positions=self._config.model.max_model_len or self._config.model.block_size
-        )
+        give_up_s = time.monotonic() + self._config.deadlines.load_s
+        self._place([other for other in membership.usable if other is not member])  # PlanError: it does not fit
         member.draining = True
         membership.tell()
         while self._pipeline is None or any(worker.member is member for worker in self._pipeline.workers):
+            if not member.draining:
+                raise UnavailableError(f"{member.profile.name} is to stay: its drain was undone.", state="draining")
+            if time.monotonic() > give_up_s:
+                raise UnavailableError(
+                    f"No plan without {member.profile.name} came about within {self._config.deadlines.load_s:g} s; "
+                    "see the head's log.",
+                    state="draining",
+                )
             await asyncio.wait({membership.next_change()}, timeout=0.1)
         for worker in list(member.workers.values()):
             await member.stop_worker(worker, 2 * self._config.deadlines.stop_s)

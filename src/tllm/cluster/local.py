@@ -1,6 +1,6 @@
 """The heads of this machine and user, found without a network: one small file per running head.
 
-    STATE/heads/<process id>        JSON: cluster, control (unix:...), pin, grpc and http addresses
+    STATE/heads/<process id>        JSON: cluster, control (unix:...), pin and grpc address
 
 This file does not know what is said to a head once it is found.
 """

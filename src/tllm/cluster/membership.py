@@ -18,7 +18,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tllm import __version__
 from tllm.cluster.status import NodeState
@@ -109,7 +109,7 @@ class WorkerHandle:
                     self.member.strike()
 
     def resume(self, state: pb.WorkerState) -> None:
-        """What its agent knows of it, after a time in which the head heard nothing; an order may have been lost in it."""
+        """What its agent knows of it, after a time in which the head heard nothing and orders may have been lost."""
         if self.holds is None or state.load.number != self.holds.number:
             self.holds = state.load if state.HasField("loaded") else None
         if state.HasField("loaded"):
@@ -230,7 +230,8 @@ class Member:
         self._measured[key] = answer
         try:
             await self.send(message)
-            await asyncio.wait({answer, *lost.values()}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {answer, *lost.values()}
+            await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 return answer.result()
             for member, future in lost.items():

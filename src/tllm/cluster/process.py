@@ -36,6 +36,7 @@ class WorkerProcess:
     def __init__(self, worker_id: str, process: asyncio.subprocess.Process, deadlines: Deadlines) -> None:
         self.id = worker_id
         self.state = pb.WorkerState(worker_id=worker_id)
+        self.port_number = 0  # which of its agent's ports it listens on; 0: none yet
         self._process = process
         self._deadlines = deadlines
         self._stderr = b""  # its last words

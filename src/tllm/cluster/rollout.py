@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tllm.cluster.events import Observer, ShardLoaded, ShardLoading
 from tllm.cluster.machine import local_host_towards
@@ -332,7 +332,8 @@ async def _answer(worker: WorkerHandle, future: asyncio.Future[T]) -> T:
     """What comes of an order. Raises WorkerLostError, and TransportError as soon as its node cannot be reached: it may
     be back later, with a worker that has gone on; others have plans to make without it meanwhile."""
     member = worker.member
-    await asyncio.wait({future, member.unreachable}, return_when=asyncio.FIRST_COMPLETED)
+    either: set[asyncio.Future[Any]] = {future, member.unreachable}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if not future.done():
         raise TransportError(f"{member.profile.name} cannot be reached: {member.reason}")
     return await future

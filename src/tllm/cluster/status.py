@@ -50,7 +50,7 @@ class NodeStatus:
 class ClusterStatus:
     cluster: str
     model: str
-    state: str  # of the deployment: loading, serving, degraded, draining
+    state: str  # of the deployment: loading, serving, replanning, degraded, draining
     epoch: int
     nodes: tuple[NodeStatus, ...]
     predicted_ttft_s: float | None
@@ -79,6 +79,7 @@ class Cluster(Protocol):
         """Take the node out of every plan until `undrain`; afterwards it holds nothing that requests need.
 
         Raises RequestError for an unknown node, PlanError when the model does not fit without it; then nothing changed.
+        UnavailableError when it was undone meanwhile, or no other plan comes about.
         """
 
     async def undrain(self, node: str) -> None:

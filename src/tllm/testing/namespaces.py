@@ -87,6 +87,7 @@ class Way:
     def __init__(self, seed: str) -> None:
         self.line = Line(seed)
         self.up = True
+        self.tap: Callable[[bytes], None] | None = None
         self._loss = 0.0
         self._random = random.Random(f"{seed} loss")
         self._num_packets = self._num_bytes = self._num_lost = 0
@@ -180,6 +181,11 @@ class Rig:
 
     def edge(self, one: str, other: str) -> Edge:
         return Edge(self.way(one, other), self.way(other, one))
+
+    def listen_in(self, tap: Callable[[bytes], None] | None) -> None:
+        """Show every packet between nodes to `tap`, on the router's thread; None ends it."""
+        for way in self._ways.values():
+            way.tap = tap
 
     def partition(self, nodes: Collection[str]) -> None:
         """Separate these nodes from all others, without a word to either."""
@@ -287,6 +293,8 @@ class _Router:
                     self._send(way, tun, packet)
 
     def _send(self, way: Way, tun: int, packet: bytes) -> None:
+        if way.tap is not None:
+            way.tap(packet)
         arrival = way.send(time.monotonic(), len(packet))
         if arrival is not None:
             self._num_sent += 1  # orders packets that arrive at once

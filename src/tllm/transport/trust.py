@@ -240,6 +240,11 @@ def holder_of(certificate: x509.Certificate) -> tuple[str, str]:
     return names[0], "".join(str(unit.value) for unit in units)
 
 
+def token_id_of(identity: Identity) -> str:
+    """The join token by which its holder came; empty: without one."""
+    return read_member(identity.certificate, read_certificate(identity.authority)).token_id
+
+
 def check_in_force(member: Member) -> None:
     """Raise TransportError before and after the certificate's time."""
     now = datetime.now(UTC)
