@@ -27,6 +27,7 @@ class Stream:
 
     text: str = ""
     num_pieces: int = 0
+    first_s: float = 0.0  # from the request to the first piece
     pause_s: float = 0.0  # the longest between two pieces
     error: str | None = None
     done: bool = False
@@ -47,7 +48,7 @@ def request(question: str, *, max_tokens: int) -> dict[str, object]:
 def follow(
     url: str, body: dict[str, object], stream: Stream, *, timeout_s: float = 90, key: str | None = None
 ) -> Stream:
-    last_s = None
+    last_s, began_s = None, time.monotonic()
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
         with (
@@ -67,6 +68,7 @@ def follow(
                 if not piece:
                     continue
                 now_s = time.monotonic()
+                stream.first_s = stream.first_s or now_s - began_s
                 stream.pause_s = max(stream.pause_s, now_s - (last_s or now_s))
                 last_s = now_s
                 stream.text += piece

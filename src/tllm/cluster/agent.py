@@ -168,10 +168,8 @@ class Agent:
             while True:
                 try:
                     return await self._attach()
-                except RefusedError as error:
-                    if not error.again:
-                        raise
-                    log.info("%s", error)
+                except RefusedError:
+                    raise
                 except TransportError as error:
                     log.info("%s", error)
                 await asyncio.sleep(retry_s)

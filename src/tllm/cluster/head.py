@@ -10,7 +10,6 @@ This file does not know HTTP or terminals; whoever watches gets events. It never
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import tempfile
 import time
@@ -93,7 +92,7 @@ class Head:
         self.grpc_address = ""
         self._model = model_profile(self.checkpoint, self.dtype, self.deployment.names[0])
         self._load = Load(streams=config.streams, max_batch_tokens=config.model.max_batch_tokens)
-        self._epochs = itertools.count(1)
+        self._epoch = 0  # of the last plan that was rolled out, or tried
         self._events: deque[str] = deque(maxlen=_NUM_EVENTS)
         self._membership: Membership | None = None
         self._measurements: Measurements | None = None
@@ -224,26 +223,26 @@ class Head:
 
     async def _better_plan(self, pipeline: Pipeline, membership: Membership, rollout: Rollout) -> str:
         """Watch the nodes until a plan without one that is to go, or a plan that is much faster, is prepared; why."""
-        not_before_s = time.monotonic() + _COOL_DOWN_S
-        changed = membership.next_change()
+        assert self._measurements is not None
+        not_before_s = time.monotonic() + (0.0 if self._config.use_all else _COOL_DOWN_S)
+        members = [worker.member for worker in pipeline.workers]
+        is_news, seen = True, set[str]()
         while True:
-            leaving = [
-                stage.node.name
-                for stage, worker in zip(pipeline.plan.stages, pipeline.workers, strict=True)
-                if worker.member.draining
-            ]
-            if self._config.use_all:
-                not_before_s = 0.0
+            changed = membership.next_change()
+            leaving = [member.profile.name for member in members if member.draining]
             delay_s = 0.0 if leaving else max(0.0, not_before_s - time.monotonic())
-            if delay_s == 0 and (reason := await self._prepared(pipeline, membership, rollout, leaving)) is not None:
-                return reason
+            if is_news and delay_s == 0:
+                seen = {member.profile.id for member in membership.usable}  # one that rests comes back silently
+                if (reason := await self._prepared(pipeline, membership, rollout, leaving)) is not None:
+                    return reason
+                is_news = False
             await asyncio.wait({changed}, timeout=delay_s or _PROBE_S)
-            if not changed.done() and delay_s == 0:
-                assert self._measurements is not None
-                await self._measurements.look_again([worker.member for worker in pipeline.workers])
             if changed.done():
-                changed = membership.next_change()
+                is_news = True
                 await asyncio.sleep(_SETTLE_S)
+            elif delay_s == 0:
+                is_slower = await self._measurements.look_again(members)
+                is_news = is_slower or bool(leaving) or {member.profile.id for member in membership.usable} != seen
 
     async def _prepared(
         self, pipeline: Pipeline, membership: Membership, rollout: Rollout, leaving: Sequence[str]
@@ -289,7 +288,8 @@ class Head:
                 return await self._new_pipeline(await self._plan(membership), membership, rollout)
             except PlanError as error:
                 rests = [member.rests_s() for member in membership.members if member.rests_s() > 0]
-                if is_loopback(self._config.host) and not rests:
+                num_missing = (self._config.num_nodes or 1) - sum(member.attached for member in membership.members)
+                if is_loopback(self._config.host) and not rests and num_missing <= 0:
                     raise
                 self._observe(Waiting(num_nodes=len(membership.members) + 1, reason=str(error)))
                 await asyncio.wait({changed}, timeout=min(rests, default=None))
@@ -335,9 +335,11 @@ class Head:
 
     async def _new_pipeline(self, plan: Plan, membership: Membership, rollout: Rollout) -> Pipeline:
         self._observe(Planned(model=self._model, plan=plan, load=self._load))
-        # A new epoch for every attempt: what is left of one cannot enter the next.
+        # A new epoch for every attempt: what is left of one cannot enter the next, nor what served another head before.
+        served = [worker.last_epoch for member in membership.members for worker in member.workers.values()]
+        self._epoch = max(self._epoch, *served, 0) + 1
         members = {member.profile.id: member for member in membership.members}
-        return await rollout.roll_out(plan, Epoch(next(self._epochs)), members)
+        return await rollout.roll_out(plan, Epoch(self._epoch), members)
 
     async def _plan(self, membership: Membership) -> Plan:
         """The best for the nodes that can be used now; measures those that it knows nothing of, if that can matter."""
@@ -348,7 +350,7 @@ class Head:
             self._observe(Measuring(num_nodes=len(usable)))
             await self._measurements.take(usable)
             usable = tuple(member for member in usable if member.state is NodeState.READY)
-        return self._place(usable)
+        return await asyncio.to_thread(self._place, usable)  # many nodes and layers take a while, and streams go on
 
     async def _plan_at_once(self, membership: Membership) -> Plan:
         """The same while requests wait: of the nodes that had a part or were measured before, as long as they suffice.

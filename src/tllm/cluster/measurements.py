@@ -129,12 +129,13 @@ class Measurements:
         key, streams = _instances(member, other), _streams(member, other)
         return key not in self._links or self._in_vain.get(key, streams) != streams
 
-    async def look_again(self, members: Sequence[Member]) -> None:
+    async def look_again(self, members: Sequence[Member]) -> bool:
         """Forget what was measured of a link between these nodes, or between them and the head, that has become much
-        slower or faster and stays so: it is measured anew for the next plan.
+        slower or faster and stays so: it is measured anew for the next plan. Whether there is such a link.
 
         One look alone does not count: a long prompt on its way makes a link look slow for a moment.
         """
+        is_changed = False
         pairs: list[tuple[Member, Member | None]] = [(members[0], None), (members[-1], None)]
         pairs += list(itertools.pairwise(members))
         for member, other in dict.fromkeys(pairs):
@@ -155,8 +156,10 @@ class Measurements:
                 self._suspects.discard(key)
                 self._links.pop(key, None)
                 self._links.pop(key[::-1], None)
+                is_changed = True
             else:
                 self._suspects.add(key)
+        return is_changed
 
     async def _measure_link(self, member: Member, other: Member | None) -> None:
         key = _instances(member, other)

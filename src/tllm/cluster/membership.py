@@ -36,7 +36,7 @@ _FIRST_REST_S = 1.0  # of a node whose worker crashed or could not be reached; d
 _LAST_REST_S = 60.0
 _MAX_WORKERS = 256  # of one node
 
-_order_numbers = itertools.count(1)
+_order_numbers = itertools.count(secrets.randbits(32))  # not those of a head before this one
 
 
 class WorkerLostError(TllmError):
@@ -59,6 +59,7 @@ class WorkerHandle:
         self.stopping = False
         self._number = 0  # of the load order that is waited for; 0: none
         self._epoch = 0
+        self.last_epoch = 0  # that it served, for this head or one before
         self._on_loading: Callable[[pb.Loading], None] = lambda loading: None
         self.engage(self._on_loading)
         self.engaged = False
@@ -81,7 +82,7 @@ class WorkerHandle:
 
     async def start(self, start: pb.Start) -> None:
         """Raises TransportError when the node cannot be reached."""
-        self._epoch = start.limits.epoch
+        self._epoch = self.last_epoch = start.limits.epoch
         await self.order(pb.WorkerOrder(start=start))
 
     async def order(self, order: pb.WorkerOrder) -> None:
@@ -110,6 +111,7 @@ class WorkerHandle:
 
     def resume(self, state: pb.WorkerState) -> None:
         """What its agent knows of it, after a time in which the head heard nothing and orders may have been lost."""
+        self.last_epoch = max(self.last_epoch, state.epoch, state.failed.epoch)
         if self.holds is None or state.load.number != self.holds.number:
             self.holds = state.load if state.HasField("loaded") else None
         if state.HasField("loaded"):
@@ -325,7 +327,6 @@ class Membership:
         is_revoked: Callable[[str], bool],
     ) -> None:
         self._cluster = cluster
-        self._instance = secrets.token_hex(8)
         self._deadlines = deadlines
         self._on_joined = on_joined
         self._on_left = on_left
@@ -350,7 +351,7 @@ class Membership:
             log.warning("refused %s at %s: %s", attach.profile.name, peer.address, reason)
             await peer.send(pb.HeadMessage(refused=pb.Refused(reason=reason)))
             return
-        await peer.send(pb.HeadMessage(welcome=pb.Welcome(cluster=self._cluster, instance=self._instance)))
+        await peer.send(pb.HeadMessage(welcome=pb.Welcome(cluster=self._cluster)))
         member = await self._add(peer, attach)
         beating = asyncio.create_task(self._beat(member, peer), name="heartbeats")
         try:
@@ -411,9 +412,16 @@ class Membership:
         return member
 
     async def _beat(self, member: Member, peer: rpc.ControlPeer) -> None:
-        """The round trip, now and then. Whether the node is there at all, the transport watches more closely."""
+        """The round trip, now and then, and whether the node may stay. Whether it is there at all, the transport
+        watches more closely."""
         for number in itertools.count(1):
             try:
+                if self._is_revoked(member.token_id) and self._members.get(member.profile.id) is member:
+                    reason = "the join token by which it came was revoked"
+                    self._remove(member, reason)
+                    await peer.send(pb.HeadMessage(shutdown=pb.Shutdown(reason=reason, again=False)))
+                    await peer.aclose()
+                    return
                 await member.beat(peer, number)
             except TransportError:
                 return

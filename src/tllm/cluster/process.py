@@ -17,6 +17,8 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 
+import psutil
+
 from tllm.core.config import Deadlines
 from tllm.core.errors import FrameError
 from tllm.transport import pipe
@@ -118,15 +120,31 @@ class WorkerProcess:
 
     async def _ping(self) -> None:
         interval_s = self._deadlines.heartbeat_s / 2
+        num_stopped = 0
+        assert self._process.stdin is not None
         while True:
             await asyncio.sleep(interval_s)
-            # Importing a framework holds up the event loop of a worker that loads for the first time.
-            allowed_s = self._deadlines.silence_s if self._has_loaded else self._deadlines.import_s
-            if (self._num_unanswered + 1) * interval_s > allowed_s:
+            if self._process.stdin.is_closing():  # whoever stops it waits for its end
+                return
+            num_silent, allowed_s = self._num_unanswered, self._deadlines.silence_s
+            if not self._has_loaded:
+                # Importing a framework holds up the event loop of a worker that loads for the first time; but one that
+                # the system has stopped imports nothing.
+                num_stopped = num_stopped + 1 if self._is_stopped() else 0
+                num_silent, allowed_s = (
+                    (num_stopped, allowed_s) if num_stopped else (num_silent, self._deadlines.import_s)
+                )
+            if (num_silent + 1) * interval_s > allowed_s:
                 self.kill(f"It has been silent for {allowed_s:g} s.")
                 return
             self._num_unanswered += 1
             await self.order(pb.WorkerOrder(worker_id=self.id, ping=pb.Ping()))
+
+    def _is_stopped(self) -> bool:
+        try:
+            return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+        except psutil.NoSuchProcess:
+            return False
 
     async def _read_stderr(self) -> None:
         assert self._process.stderr is not None

@@ -297,8 +297,8 @@ class Rollout:
             except WorkerLostError:
                 self._blame(workers, index)
                 raise
-        first = self._addresses(loaded[0], nodes[0], None)
         try:
+            first = self._addresses(loaded[0], nodes[0], None)
             link = await rpc.connect(
                 first,
                 limits,
@@ -321,7 +321,12 @@ class Rollout:
         to_blame.member.strike(f"{workers[index].member.profile.name} could not connect to its worker")
 
     def _addresses(self, loaded: pb.Loaded, node: NodeProfile, seen_from: NodeProfile | None) -> list[str]:
-        return _reachable(loaded.addresses, node, seen_from, home=self._home)
+        """Raises TransportError when there is none: a node that joined over a Unix socket and is another machine."""
+        found = _reachable(loaded.addresses, node, seen_from, home=self._home)
+        if not found:
+            other = "the head" if seen_from is None else seen_from.name
+            raise TransportError(f"{node.name} told no address at which {other} could reach its worker.")
+        return found
 
     async def _stop(self, workers: Sequence[WorkerHandle]) -> None:
         """The agent kills what does not end within `stop_s`; a little longer, and nobody is waited for any more."""

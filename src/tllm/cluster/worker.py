@@ -160,10 +160,8 @@ class Worker:
         await self._listen(load)
         loaded = pb.Loaded(
             free_bytes=engine.free_bytes(),
-            weight_bytes=engine.statistics().weight_bytes,
             addresses=self._addresses,
             load_s=time.perf_counter() - began,
-            pid=os.getpid(),
             fetched_bytes=load.fetched_bytes,
             number=load.number,
         )

@@ -10,7 +10,7 @@
     ├── UnavailableError          not now: loading, draining, or without the nodes it needs
     ├── PlanError                 no placement satisfies memory and layers
     ├── TransportError            a peer is gone or talks nonsense
-    │   ├── RefusedError          the peer answered, and said no; `again`: asking later may help
+    │   ├── RefusedError          the peer answered, and said no
     │   └── FrameError            one frame is truncated, oversized or contradicts itself
     ├── EngineError               a shard could not load or compute
     │   └── MissingKVError        a step refers to KV that was never written in this epoch
@@ -90,10 +90,6 @@ class TransportError(TllmError):
 
 class RefusedError(TransportError):
     """The peer is there and does not want this one; its reason is the message."""
-
-    def __init__(self, message: str, *, again: bool = False) -> None:
-        super().__init__(message)
-        self.again = again
 
 
 class FrameError(TransportError):

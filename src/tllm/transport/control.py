@@ -289,9 +289,7 @@ async def attach(
                 case "welcome":
                     return ControlStream(channel, call, address, answer.welcome)
                 case "refused":
-                    raise RefusedError(
-                        f"The head at {address} refused: {answer.refused.reason}", again=answer.refused.again
-                    )
+                    raise RefusedError(f"The head at {address} refused: {answer.refused.reason}")
                 case _:
                     raise FrameError(f"{address} answered with neither Welcome nor Refused")
         except BaseException as error:

@@ -1000,19 +1000,15 @@ class Welcome(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CLUSTER_FIELD_NUMBER: _builtins.int
-    INSTANCE_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
-    instance: _builtins.str
-    """of this head process"""
     def __init__(
         self,
         *,
         cluster: _builtins.str = ...,
-        instance: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "instance", b"instance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1023,19 +1019,15 @@ class Refused(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
-    AGAIN_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    again: _builtins.bool
-    """whether asking again later may help"""
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
-        again: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["again", b"again", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1560,17 +1552,13 @@ class Loaded(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     FREE_BYTES_FIELD_NUMBER: _builtins.int
-    WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
     LOAD_S_FIELD_NUMBER: _builtins.int
-    PID_FIELD_NUMBER: _builtins.int
     FETCHED_BYTES_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
     free_bytes: _builtins.int
     """for KV"""
-    weight_bytes: _builtins.int
     load_s: _builtins.float
-    pid: _builtins.int
     fetched_bytes: _builtins.int
     """that came over the network for it"""
     number: _builtins.int
@@ -1583,16 +1571,14 @@ class Loaded(_message.Message):
         self,
         *,
         free_bytes: _builtins.int = ...,
-        weight_bytes: _builtins.int = ...,
         addresses: _abc.Iterable[_builtins.str] | None = ...,
         load_s: _builtins.float = ...,
-        pid: _builtins.int = ...,
         fetched_bytes: _builtins.int = ...,
         number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "fetched_bytes", b"fetched_bytes", "free_bytes", b"free_bytes", "load_s", b"load_s", "number", b"number", "pid", b"pid", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "fetched_bytes", b"fetched_bytes", "free_bytes", b"free_bytes", "load_s", b"load_s", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
