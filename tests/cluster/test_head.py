@@ -228,7 +228,7 @@ async def test_a_drain_moves_the_model_and_the_node_holds_nothing_then(tmp_path:
 async def test_the_last_node_cannot_be_drained(tmp_path: Path):
     async with running(tmp_path) as run, run.node("n-only"):
         await run.until(lambda: run.told(Serving) == 1)
-        with pytest.raises(PlanError, match="no node"):
+        with pytest.raises(PlanError, match="only node"):
             await run.head.drain("n-only")
         with pytest.raises(RequestError, match=r"There is no node 'n-other'; there is: n-only"):
             await run.head.drain("n-other")

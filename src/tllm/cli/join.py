@@ -106,7 +106,8 @@ async def _join(
         )
         agent = Agent(config, address=target.address, identity=identity, deadlines=deadlines, tell=_say)
         async with agent.attached() as serving:
-            _say(f"Joined {address or target.address} as {identity.name}. Ctrl-C leaves.")
+            where = "the head on this machine" if target.token is None else target.address
+            _say(f"Joined {where} as {identity.name}. Ctrl-C leaves.")
             await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 _say(f"Left: {serving.result()}.")

@@ -276,7 +276,7 @@ def ask_where_to_join(url: str) -> str:
             f"firewall (tllm doctor HOST:{DEFAULT_GRPC_PORT}), or join directly: tllm join HOST:{DEFAULT_GRPC_PORT}"
         ) from error
     if response.status_code == httpx.codes.UNAUTHORIZED:
-        print(f"{url} keeps its gRPC port to itself; trying {DEFAULT_GRPC_PORT}.", flush=True)
+        print(f"{url} keeps its gRPC port to itself; trying {DEFAULT_GRPC_PORT}. Else: tllm join HOST:PORT", flush=True)
         return join_address(httpx.URL(url).host, DEFAULT_GRPC_PORT)
     try:
         answer = response.json()

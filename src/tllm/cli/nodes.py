@@ -12,7 +12,7 @@ import typer
 
 from tllm.cli import options
 from tllm.core.config import DEFAULT_HTTP_PORT
-from tllm.core.errors import TllmError, TransportError, UnavailableError
+from tllm.core.errors import ConfigError, TllmError, TransportError, UnavailableError
 from tllm.core.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -26,14 +26,16 @@ _WATCH_S = 1.0  # between two looks
 _ANSWER_S = 10.0
 _NONE = "–"
 
-Url = Annotated[str, typer.Option("--url", help="The server, as it prints it.")]
+Url = Annotated[
+    str | None,
+    typer.Option("--url", help="The server, as it prints it; that of this machine by default.", envvar="TLLM_URL"),
+]
 Key = Annotated[str | None, typer.Option(help="Of that server.", envvar="TLLM_API_KEY")]
-LOCAL_URL = f"http://127.0.0.1:{DEFAULT_HTTP_PORT}"
 
 
 def nodes(
     context: typer.Context,
-    url: Url = LOCAL_URL,
+    url: Url = None,
     api_key: Key = None,
     json: Annotated[bool, typer.Option("--json", help="As the server says it, for programs.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Look again every second, until Ctrl-C.")] = False,
@@ -45,13 +47,24 @@ def nodes(
 
     from tllm.cli.client import connected
 
-    with connected(url, api_key=api_key, silence_s=_ANSWER_S) as client:
+    with connected(url or local_url(), api_key=api_key, silence_s=_ANSWER_S) as client:
         if watch:
             _watch(Console(), client)
         elif json:
             print(ask(client, "GET", "/tllm/v1/cluster").text)
         else:
             show(Console(), fetch_status(client))
+
+
+def local_url() -> str:
+    """Of the head that runs on this machine; the usual place where none has said where it is. Raises ConfigError when
+    there are several."""
+    from tllm.cluster.local import local_heads
+
+    urls = sorted({head.url for head in local_heads() if head.url})
+    if len(urls) > 1:
+        raise ConfigError(f"Several heads run on this machine. Name one with --url: {', '.join(urls)}.")
+    return urls[0] if urls else f"http://127.0.0.1:{DEFAULT_HTTP_PORT}"
 
 
 def ask(client: httpx.Client, method: str, path: str) -> httpx.Response:

@@ -22,7 +22,7 @@ from tllm.api.state import ApiState
 from tllm.cluster.deployment import Deployment
 from tllm.cluster.events import HeadEvent, Observer, Serving
 from tllm.cluster.head import Head
-from tllm.core.config import ServeConfig, join_address
+from tllm.core.config import ServeConfig, is_unspecified, join_address
 from tllm.core.errors import ConfigError
 
 _SIGNAL_S = 0.1
@@ -55,6 +55,8 @@ async def serving(config: ServeConfig, observe: Observer) -> AsyncIterator[Servi
     head = Head(config, observe)
     with contextlib.closing(_listen(config.host, config.port)) as listener:
         port = listener.getsockname()[1]
+        url = f"http://{join_address(config.host, port)}"
+        head.url = f"http://{join_address('127.0.0.1', port)}" if is_unspecified(config.host) else url
         app = create_app(
             ApiState(
                 version=__version__,
@@ -72,7 +74,7 @@ async def serving(config: ServeConfig, observe: Observer) -> AsyncIterator[Servi
             answering = asyncio.create_task(http.serve(sockets=[listener]), name="http")
             try:
                 yield Service(
-                    url=f"http://{join_address(config.host, port)}",
+                    url=url,
                     grpc_address=head.grpc_address,
                     deployment=head.deployment,
                     serving=task,

@@ -97,6 +97,8 @@ class Head:
         self._membership: Membership | None = None
         self._measurements: Measurements | None = None
         self._pipeline: Pipeline | None = None
+        self._considered: Plan | None = None  # the last one, in force or not
+        self.url = ""  # of the HTTP side, once there is one
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[asyncio.Task[None]]:
@@ -134,7 +136,15 @@ class Head:
             stack.push_async_callback(server.aclose)
             pin = self._authority.pin.hex()
             stack.enter_context(
-                announced(LocalHead(cluster=config.cluster, control=local, pin=pin, grpc_address=self.grpc_address))
+                announced(
+                    LocalHead(
+                        cluster=config.cluster,
+                        control=local,
+                        pin=pin,
+                        grpc_address=self.grpc_address,
+                        url=self.url,
+                    )
+                )
             )
             self._observe(Listening(grpc_address=self.grpc_address, token=self._tokens.default()))
             if not is_loopback(config.host):
@@ -249,7 +259,7 @@ class Head:
     ) -> str | None:
         """Why another plan should take the place of this one, once its new workers have loaded; None: it should not."""
         try:
-            plan = await self._plan(membership)
+            plan = self._considered = await self._plan(membership)
             used, wanted = ({stage.node.id for stage in one.stages} for one in (pipeline.plan, plan))
             if leaving:
                 reason = f"{', '.join(leaving)} is to go"
@@ -403,7 +413,8 @@ class Head:
         pipeline = self._pipeline
         kv = pipeline.kv if pipeline is not None else None
         stages = [stage for stage in pipeline.plan.stages if stage.node.id == profile.id] if pipeline else []
-        dropped = [line for line in pipeline.plan.dropped if line.startswith(f"{profile.name}:")] if pipeline else []
+        plan = self._considered or (pipeline.plan if pipeline else None)  # the newest that knows of the node
+        dropped = [line for line in plan.dropped if line.startswith(f"{profile.name}:")] if plan else []
         return NodeStatus(
             id=profile.id,
             name=profile.name,
@@ -439,7 +450,10 @@ class Head:
         somebody wants it back meanwhile, or no other plan comes about; the node is left out of plans then, too."""
         member, membership = self._find(node)
         give_up_s = time.monotonic() + self._config.deadlines.load_s
-        self._place([other for other in membership.usable if other is not member])  # PlanError: it does not fit
+        others = [other for other in membership.usable if other is not member]
+        if not others:
+            raise PlanError(f"{member.profile.name} is the only node that can hold the model. Join another one first.")
+        self._place(others)  # PlanError: the model does not fit without it
         member.draining = True
         membership.tell()
         while self._pipeline is None or any(worker.member is member for worker in self._pipeline.workers):

@@ -26,6 +26,7 @@ class LocalHead:
     control: str  # unix:/...
     pin: str  # of its key, as tokens carry it
     grpc_address: str
+    url: str  # of the HTTP API, as this machine reaches it
 
 
 @contextmanager

@@ -65,6 +65,7 @@ log = logging.getLogger(__name__)
 Clock = Callable[[], float]
 
 BUDGET_S: Final = 8.0
+_KEPT_S: Final = 24 * 3600.0
 
 _DECODES: Final = (1, 4, 16)
 _PREFILLS: Final = (64, 256)
@@ -365,7 +366,10 @@ class SpeedCache:
         self._machine = [processor_name(), os.cpu_count(), _framework_version()]
 
     def get(self, key: str) -> pb.Speed | None:
+        """None also for one that is old: what else the machine did when it was measured should not count for ever."""
         try:
+            if time.time() - self._path(key).stat().st_mtime > _KEPT_S:
+                return None
             return to_message(_read_speed(json.loads(self._path(key).read_bytes())))
         except (OSError, ValueError, RecursionError):
             return None

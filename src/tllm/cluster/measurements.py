@@ -138,9 +138,12 @@ class Measurements:
         is_changed = False
         pairs: list[tuple[Member, Member | None]] = [(members[0], None), (members[-1], None)]
         pairs += list(itertools.pairwise(members))
-        for member, other in dict.fromkeys(pairs):
+        for one, next_one in dict.fromkeys(pairs):
+            member, other = one, next_one
+            if next_one is not None and _instances(one, next_one) not in self._links:
+                member, other = next_one, one  # as it was measured: the head's own node has no address for others
             key = _instances(member, other)
-            known = self._links.get(key) or self._links.get(key[::-1])
+            known = self._links.get(key)
             if known is None or not member.attached:
                 continue
             try:

@@ -365,8 +365,8 @@ class Membership:
                 task.add_done_callback(self._forgetting.discard)
                 self.tell()
         else:
-            if member.lose_stream(peer, "it left"):
-                self._remove(member, "it left")
+            if member.lose_stream(peer, "its agent was ended"):
+                self._remove(member, "its agent was ended")
         finally:
             beating.cancel()
             await asyncio.gather(beating, return_exceptions=True)
