@@ -2,7 +2,7 @@
 # make test   every test
 # make check  what CI runs: format, lint, types, import rules, tests
 # make serve  the server, left up
-.PHONY: demo test serve check lint fix bench proto setup clean
+.PHONY: demo test serve check lint fix bench bench-plan soak proto setup clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -37,9 +37,17 @@ bench: $(READY) .bench/llama-3.2-1b
 	$(BIN)/python scripts/bench_hop.py
 	$(BIN)/python scripts/bench_scheduler.py
 
-# The published shape with random weights: 2.5 GB.
-.bench/llama-3.2-1b: | $(READY)
-	$(BIN)/python scripts/make_checkpoint.py llama-3.2-1b --out $@
+# Ten minutes in which a cluster is broken 200 times under load. Linux, as root.
+soak: $(READY)
+	$(BIN)/python -m scripts.soak --faults 200 --seconds 600
+
+# What the planner predicts beside what is measured: a quarter of an hour as root on a quiet machine.
+bench-plan: $(READY) .bench/llama-3.2-1b .bench/qwen3-0.6b
+	$(BIN)/python -m scripts.bench_plan
+
+# Published shapes with random weights: 2.5 GB and 1.2 GB.
+.bench/%: | $(READY)
+	$(BIN)/python scripts/make_checkpoint.py $* --out $@
 
 proto: $(READY)
 	sh scripts/proto.sh

@@ -27,6 +27,7 @@ import json
 import math
 import os
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -35,7 +36,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +149,18 @@ class Rig:
         self._num_clusters = itertools.count()
         self._hosts = (f"127.0.{high}.{low}" for high in range(1, 256) for low in range(1, 255))
 
+    def measure_speeds(self, model: str, nodes: Sequence[Node]) -> None:
+        """Let nodes, at least two, find out how fast they are, which they remember. Heads measure machines side by
+        side, and these share processors and memory: as one machine's, they are measured one after the other."""
+        with self.cluster(model, [replace(node, link=None) for node in nodes], use_all=False, machine="all"):
+            pass
+
     @contextmanager
-    def cluster(self, model: str, nodes: Sequence[Node], *, use_all: bool = True) -> Iterator[Cluster]:
-        """Nodes that joined a head of their own, which computes nothing itself."""
+    def cluster(
+        self, model: str, nodes: Sequence[Node], *, use_all: bool = True, machine: str | None = None
+    ) -> Iterator[Cluster]:
+        """Nodes that joined a head of their own, which computes nothing itself. `machine`: that all of them are on;
+        each on its own by default."""
         state = self._state / f"head-{next(self._num_clusters)}"
         flags = ("--port", "0", "--grpc-port", "0", "--no-local", "--nodes", str(len(nodes)))
         with ExitStack() as stack:
@@ -160,12 +170,12 @@ class Rig:
             port = int(server.wait_for(r"tllm join \S+:(\d+)")[1])
             token = rpc.TokenStore(rpc.Authority.open(state / "tllm" / "cluster")).default()
             for node in nodes:
-                self._join(stack, node, port, token)
+                self._join(stack, node, machine or node.name, port, token)
             server.wait_for(r"API\s+http", deadline_s=READY_S)
             client = stack.enter_context(httpx.Client(base_url=server.url, timeout=SILENCE_S))
             yield Cluster(client, server.model)
 
-    def _join(self, stack: ExitStack, node: Node, port: int, token: str) -> None:
+    def _join(self, stack: ExitStack, node: Node, machine: str, port: int, token: str) -> None:
         address, flags = f"127.0.0.1:{port}", []
         if node.link is not None:
             address = _link(stack, node.link, target_port=port)
@@ -175,7 +185,7 @@ class Rig:
             flags = ["--listen", "127.0.0.1", "--advertise", host, "--ports", f"{ports[0]}-{ports[-1]}"]
         if node.memory is not None:
             flags += ["--memory", node.memory]
-        elsewhere = ["unshare", "--uts", "sh", "-c", f'hostname {node.name} && exec "$@"', "sh"]
+        elsewhere = ["unshare", "--uts", "sh", "-c", f'hostname {machine} && exec "$@"', "sh"]
         joined: Tllm = stack.enter_context(
             tllm(
                 *("join", address, "--name", node.name, "--threads", str(len(node.cpus)), "--pin", *flags),
@@ -233,17 +243,19 @@ def head_of_table(first: str) -> None:
 
 
 def row(first: str, cluster: Cluster) -> tuple[float, float]:
-    """Prints it; the errors of tokens per second and of TTFT."""
-    rate, ttft_s = statistics.median(cluster.rates), statistics.median(cluster.ttfts_s)
-    rate_error, ttft_error = cluster.predicted_rate / rate - 1, cluster.predicted_ttft_s / ttft_s - 1
-    rates = f"{rate:.4g} ({min(cluster.rates):.4g} .. {max(cluster.rates):.4g})"
-    ttfts = f"{ttft_s * 1e3:.0f} ({min(cluster.ttfts_s) * 1e3:.0f} .. {max(cluster.ttfts_s) * 1e3:.0f}) ms"
-    columns = (
-        *(first, cluster.stages, f"{cluster.predicted_rate:.4g}", rates, f"{rate_error:+.1%}"),
-        *(f"{cluster.predicted_ttft_s * 1e3:.0f} ms", ttfts, f"{ttft_error:+.1%}", cluster.bound),
-    )
-    print(f"| {' | '.join(columns)} |", flush=True)
+    """Prints it; the errors of tokens per second and of TTFT, nan where nothing was predicted."""
+    rate_columns, rate_error = _figures(cluster.predicted_rate, cluster.rates, "")
+    ttft_columns, ttft_error = _figures(cluster.predicted_ttft_s * 1e3, [1e3 * s for s in cluster.ttfts_s], " ms")
+    print(f"| {' | '.join((first, cluster.stages, *rate_columns, *ttft_columns, cluster.bound))} |", flush=True)
     return rate_error, ttft_error
+
+
+def _figures(predicted: float, measured: Sequence[float], unit: str) -> tuple[tuple[str, str, str], float]:
+    """Columns: predicted, median and range of what was measured, error; and the error as a number."""
+    median = statistics.median(measured)
+    error = predicted / median - 1
+    middle = f"{median:.4g} ({min(measured):.4g} .. {max(measured):.4g}){unit}"
+    return (("", middle, "") if math.isnan(error) else (f"{predicted:.4g}{unit}", middle, f"{error:+.1%}")), error
 
 
 def summary(errors: Sequence[tuple[float, float]]) -> None:
@@ -268,6 +280,7 @@ def loopback(model: str, effort: Effort, most: int) -> None:
     nobody = Node(name="nobody", cpus=nodes[-1].cpus, memory="1KiB")
     head_of_table(f"loopback, {model}")
     with rig() as made, ExitStack() as stack:
+        made.measure_speeds(model, [*nodes, nobody])
         clusters = [
             stack.enter_context(made.cluster(model, nodes[:number] if number > 1 else [nodes[0], nobody]))
             for number in range(1, most + 1)
@@ -280,6 +293,7 @@ def links(model: str, effort: Effort, shapes: Sequence[Shape]) -> None:
     head_of_table(f"links, {model}: Mb/s, ms one way")
     errors = []
     with rig() as made:
+        made.measure_speeds(model, one_core_nodes(2))
         for shape in shapes:
             with made.cluster(model, one_core_nodes(2, shape)) as cluster:
                 in_turns([cluster], effort)
@@ -297,6 +311,7 @@ def never_slower(model: str, effort: Effort) -> None:
     ]
     with rig() as made, ExitStack() as stack:
         stack.enter_context(endless_loop(cpus[0]))
+        made.measure_speeds(model, nodes)
         chosen = stack.enter_context(made.cluster(model, nodes, use_all=False))
         alone = {node.name: stack.enter_context(made.cluster(model, [node])) for node in nodes}
         in_turns([chosen, *alone.values()], effort)
@@ -347,6 +362,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65, help="of an answer")
     parser.add_argument("--quick", action="store_true", help="the embedded model, two links, three answers")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))  # leaving every context on its way
     effort = Effort(num_answers=3 if arguments.quick else arguments.answers, num_tokens=arguments.tokens)
     models = arguments.model or ([EMBEDDED_MODEL] if arguments.quick else [".bench/llama-3.2-1b", ".bench/qwen3-0.6b"])
     rates = arguments.mbit or ([100] if arguments.quick else [10, 100, 1000])

@@ -219,7 +219,7 @@ class Soak:
         assert [answer.text for answer in again] == self._texts, "texts differ before anything was broken"
         before = Footprint.of(self._head)
 
-        with ThreadPoolExecutor() as threads:
+        with ThreadPoolExecutor(max_workers=num_clients + 2 + len(self._machines)) as threads:  # nothing waits for one
             watching = threads.submit(self._watch)
             asking = [threads.submit(self._keep_asking, number) for number in range(num_clients)]
             try:

@@ -1,7 +1,5 @@
 """Models over nodes of uneven memory, and over more nodes than layers: what is cut where, that nobody is asked for more
-than it offers, and that the answers are those of one node.
-
-In float32, and compared by tokens: the texts of a random model are mostly bytes that are no characters.
+than it offers, and that the answers are those of one machine.
 """
 
 from __future__ import annotations
@@ -16,7 +14,9 @@ import httpx
 import pytest
 
 from tests.system.processes import Server, tllm
+from tests.system.random_models import expected, greedy, remember_speed
 from tllm.cluster.head import model_profile
+from tllm.core.config import state_directory
 from tllm.core.types import DType
 from tllm.models.checkpoint import Checkpoint
 from tllm.planner.problem import activation_bytes
@@ -27,15 +27,6 @@ JOIN_LINE = r"tllm join (\S+)"
 ROWS, POSITIONS = 64, 64  # of a step, and of a context
 SERVE = ("--port", "0", "--grpc-port", "0", "--dtype", "float32")
 SIZES = ("--max-batch-tokens", str(ROWS), "--max-model-len", str(POSITIONS))
-
-
-def greedy(server: Server) -> list[int]:
-    body = {"model": server.model, "prompt": "uneven", "temperature": 0, "max_tokens": 24, "ignore_eos": True}
-    answer = httpx.post(f"{server.url}/v1/completions", json={**body, "return_token_ids": True}, timeout=60)
-    assert answer.status_code == 200, answer.text
-    ids: list[int] = answer.json()["choices"][0]["token_ids"]
-    assert len(ids) == 24
-    return ids
 
 
 def memory_of(model: Path, num_layers: int) -> int:
@@ -50,6 +41,7 @@ def memory_of(model: Path, num_layers: int) -> int:
 @contextmanager
 def cluster(model: Path, memories: Sequence[int]) -> Iterator[Server]:
     """A head that computes nothing, and a node for each of these."""
+    remember_speed(state_directory(), model)
     arguments = (str(model), *SERVE, *SIZES, "--no-local", "--use-all", "--nodes", str(len(memories)))
     with ExitStack() as stack:
         server = stack.enter_context(tllm("serve", *arguments, kind=Server))
@@ -92,14 +84,7 @@ def test_uneven_nodes_each_hold_what_they_can_and_answer_as_one(tmp_path, num_la
         assert all(num <= most and most - num <= 1 for num, most in zip(held, room, strict=True)), held
         assert len(server.workers()) == 0, "a head with --no-local computes nothing"
         found = greedy(server)
-    assert found == alone(model)
-
-
-def alone(model: Path) -> list[int]:
-    """One node's answer, however much memory that takes."""
-    with tllm("serve", str(model), *SERVE, "--threads", "1", kind=Server) as server:
-        server.wait_for(r"API\s+http")
-        return greedy(server)
+    assert found == expected(model)
 
 
 def test_more_nodes_than_layers_leave_one_out_and_say_so_in_a_line(tmp_path):
@@ -114,7 +99,7 @@ def test_more_nodes_than_layers_leave_one_out_and_say_so_in_a_line(tmp_path):
         nodes = httpx.get(f"{server.url}/tllm/v1/cluster").json()["nodes"]
         assert [node["name"] for node in nodes if node["reason"]] == [unused]
         found = greedy(server)
-    assert found == alone(model)
+    assert found == expected(model)
 
 
 def test_too_little_memory_everywhere_is_one_line_and_status_1(tmp_path):

@@ -69,7 +69,8 @@ _EMBEDDED_NAME = "tllm-demo"
 _OWN_NODE = "n-local"  # the id of the head's own node
 _WORTH = 0.15  # of speed that a change of plan must gain
 _SETTLE_S = 0.5  # after a change of the nodes, for others that come with it
-_MAX_FAILED = 4  # attempts in a row to build a pipeline, then the open requests end
+_MAX_FAILED = 8  # attempts in a row to build a pipeline, then the open requests end
+_MAX_FIRST = 2  # the same before there was one, then the head gives up
 _NEWS_S = 0.1  # after a loss, for what else was lost with it to be heard of
 _COOL_DOWN_S = 10.0  # between two changes that nothing but speed asks for
 _PROBE_S = 15.0  # between looks at the links of the plan in force
@@ -291,21 +292,24 @@ class Head:
         return predict(self._model, stages, links, self._load, head_machine=machine_id())
 
     async def _first_pipeline(self, membership: Membership, rollout: Rollout) -> Pipeline:
-        """A model too large for the nodes there are waits for others, where others can join."""
+        """A model too large for the nodes there are waits for others, where others can join. What goes wrong twice, or
+        leaves no node to try with, is raised."""
+        num_failed = 0
         while True:
             changed = membership.next_change()
             try:
                 return await self._new_pipeline(await self._plan(membership), membership, rollout)
             except PlanError as error:
                 rests = [member.rests_s() for member in membership.members if member.rests_s() > 0]
-                num_missing = (self._config.num_nodes or 1) - sum(member.attached for member in membership.members)
-                if is_loopback(self._config.host) and not rests and num_missing <= 0:
+                num_attached = sum(member.attached for member in membership.members)
+                if is_loopback(self._config.host) and not rests and num_attached >= (self._config.num_nodes or 1):
                     raise
-                self._observe(Waiting(num_nodes=len(membership.members) + 1, reason=str(error)))
+                self._observe(Waiting(num_nodes=num_attached + 1, reason=str(error)))
                 await asyncio.wait({changed}, timeout=min(rests, default=None))
                 await asyncio.sleep(_SETTLE_S)
             except UnavailableError as error:
-                if not changed.done() and not any(member.rests_s() for member in membership.members):
+                num_failed += 1
+                if not changed.done() and (num_failed == _MAX_FIRST or not membership.usable):
                     raise
                 log.warning("trying again: %s", error)
 

@@ -146,6 +146,9 @@ def _measure(bench: _Bench, full: ModelSpec, num_layers: int, began: float, budg
     if len(heads_s) == len(_DECODES):
         bench.become(_part(0, head=True))  # many rows: arithmetic takes longer than the weights' way from memory
         heads_s += bench.heads_s(_PREFILLS, until(1.0))
+    # The difference of two steps can drown in the noise of a busy machine; but a head is not free.
+    guess_s = layers_s[0] * min(1.0, bench.head_bytes / bench.layer_bytes)
+    heads_s = [seconds or guess_s for seconds in heads_s]
     num_rows = min(len(layers_s), len(heads_s))
     return Speed(
         rows=_ROWS[:num_rows],

@@ -185,13 +185,16 @@ class Member:
         """Seconds until it may have a part in a plan again."""
         return max(0.0, self._rests_until_s - time.monotonic())
 
-    def strike(self, reason: str = "a worker crashed there") -> None:
-        """Something went wrong on this node: leave it out for a while, the longer the more often that happens."""
-        now_s = time.monotonic()
-        # The first time may be chance, and a machine without others has nobody else to ask.
-        rest_s = min(_FIRST_REST_S * 2 ** (self._num_strikes - 1), _LAST_REST_S) if self._num_strikes else 0.0
+    def strike(self, reason: str = "a worker crashed there", *, at_once: bool = False) -> None:
+        """Something went wrong on this node: leave it out for a while, the longer the more often that happens.
+
+        A first crash may be chance and costs no rest, unless `at_once`: to find out that a machine cannot be reached
+        takes seconds in which requests wait.
+        """
+        num_rests = self._num_strikes + at_once
+        rest_s = min(_FIRST_REST_S * 2 ** (num_rests - 1), _LAST_REST_S) if num_rests else 0.0
         self._num_strikes += 1
-        self._rests_until_s = now_s + rest_s
+        self._rests_until_s = time.monotonic() + rest_s
         self.reason = reason if rest_s else ""
 
     def forgive(self) -> None:

@@ -142,7 +142,13 @@ class Rollout:
             worker.engage(partial(self._say_loading, stage))
         try:
             await self._stop(
-                [worker for member in members.values() for worker in member.workers.values() if not worker.engaged]
+                [
+                    worker
+                    for member in members.values()
+                    if member.attached and not member.rests_s()  # those may be wanted again in a moment
+                    for worker in member.workers.values()
+                    if not worker.engaged
+                ]
             )
             async with asyncio.timeout(self._deadlines.load_s):
                 loaded = await self._load(plan, list(zip(plan.stages, workers, strict=True)), members)
@@ -308,7 +314,7 @@ class Rollout:
                 liveness=rpc.Liveness.of(self._deadlines),
             )
         except TransportError:
-            workers[0].member.strike("the head could not connect to its worker")
+            workers[0].member.strike("the head could not connect to its worker", at_once=True)
             raise
         return Pipeline(plan=plan, epoch=epoch, kv=kv, limits=limits, workers=tuple(workers), link=link, inbox=inbox)
 
@@ -318,7 +324,7 @@ class Rollout:
         if workers[index].exited.done():
             return
         to_blame = workers[index + 1] if index + 1 < len(workers) else workers[index]
-        to_blame.member.strike(f"{workers[index].member.profile.name} could not connect to its worker")
+        to_blame.member.strike(f"{workers[index].member.profile.name} could not connect to its worker", at_once=True)
 
     def _addresses(self, loaded: pb.Loaded, node: NodeProfile, seen_from: NodeProfile | None) -> list[str]:
         """Raises TransportError when there is none: a node that joined over a Unix socket and is another machine."""
