@@ -270,7 +270,7 @@ def test_a_machine_that_joins_serves_for_a_head_without_layers():
             golden = GOLDEN[0]
             answer = httpx.post(f"{url}/v1/chat/completions", json=body(golden["question"]), timeout=30).json()
             assert answer["choices"][0]["message"]["content"] == golden["answer"]
-            assert head.wait_for(r"│ other\s+│ 0\.\.")
+            assert head.wait_for(r"│\s*other\s+│ 0\.\.")
             assert joined.interrupt() == 0
 
 
@@ -314,7 +314,7 @@ def test_a_node_on_another_machine_is_reached_over_tcp():
         port = server.wait_for(JOIN_LINE)[1]
         with tllm("join", f"127.0.0.1:{port}", before=elsewhere) as joined:
             assert _text(server, body(GOLDEN[0]["question"])) == GOLDEN[0]["answer"]
-            assert server.wait_for(r"│ elsewhere\s+│ [0-9]")
+            assert server.wait_for(r"│\s*elsewhere\s+│ [0-9]")
             (worker,) = joined.workers()
             listening = [c for c in worker.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
             established = [c for c in worker.net_connections("tcp") if c.status == psutil.CONN_ESTABLISHED]

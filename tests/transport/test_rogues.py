@@ -247,7 +247,7 @@ def test_a_certificate_that_expires_during_a_connection_opens_no_more_calls(
     class Later(datetime):
         @classmethod
         def now(cls, tz: tzinfo | None = None) -> Later:
-            return cls.fromtimestamp(datetime.now(tz).timestamp() + 91 * 86400, tz)
+            return cls.fromtimestamp(datetime.now(tz).timestamp() + 1100 * 86400, tz)
 
     monkeypatch.setattr(trust, "datetime", Later)
     with pytest.raises(TransportError, match=f"{NODE} expired"):
