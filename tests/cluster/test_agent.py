@@ -142,8 +142,8 @@ async def test_an_agent_that_ends_while_weights_are_fetched_leaves_no_process(
     async with played(tmp_path, identity) as (head, _):
         await head.order("w-1", load=LOAD)
         await asyncio.wait_for(fetching.wait(), DEADLINE_S)
-        assert len(workers()) == 1
-    assert workers() == []
+        await until(lambda: len(workers()) == 1)
+    await until(lambda: workers() == [])
 
 
 async def test_the_head_is_told_of_a_worker_that_ended_while_it_was_not_there(

@@ -70,7 +70,10 @@ class Measurements:
                 await self._measure_link(*pair)
 
     def profile(self, member: Member) -> NodeProfile:
-        return replace(member.profile, speed=self._speeds.get(_who(member)))
+        speed = self._speeds.get(_who(member))
+        if speed is not None:
+            speed = replace(speed, step_s=speed.step_s + _HANDOVER_S)
+        return replace(member.profile, speed=speed)
 
     def links(self, members: Sequence[Member]) -> tuple[LinkProfile, ...]:
         """Both directions of every link that was measured between these nodes, and between them and the head."""
@@ -193,6 +196,10 @@ class Measurements:
         log.warning("the link %s -> %s could not be measured: %s", link.source, target, why or "nonsense was answered")
         return link
 
+
+# What a worker takes to hand a step from its link to its compute thread and the answer back, beside the engine's own
+# time: the difference between predicted and measured of short steps (docs/lab/LOG.md, 2026-11-21).
+_HANDOVER_S = 0.7e-3
 
 _LOOK_BYTES = 16 << 10  # of the message whose time is compared
 _CHANGED = 3.0

@@ -25,7 +25,7 @@ from tllm.planner.network import Edge, Network, hidden_message_bytes, token_mess
 from tllm.planner.plan import Prediction, StagePlan
 from tllm.planner.profile import LinkProfile, Load, ModelProfile, NodeProfile, Speed
 
-HEAD_STEP_S = 0.3e-3  # that the head takes for a step: scheduling, packing, delivering
+HEAD_STEP_S = 1.0e-3  # that the head takes for a token: scheduling, packing, detokenizing, one event over HTTP
 ESTIMATED_STEP_S = 0.5e-3  # that a stage takes for a step whatever is in it
 _ARITHMETIC = 1.5  # times the seconds of one row, from which on rows and not weights are what a step waits for
 
