@@ -18,7 +18,7 @@ import psutil
 from tests.system.processes import Server, poll
 
 QUESTIONS = ("tell me", "What is a layer?", "Why is it slow?", "How do I join?")
-LONG_PROMPT = " ".join(f"word {number}" for number in range(300))
+LONG_PROMPT = " ".join(f"word {number}" for number in range(150))
 
 
 @dataclass(kw_only=True)
@@ -87,7 +87,7 @@ def streams(
     url: str,
     *,
     prefix: str = "",
-    max_tokens: int = 150,
+    max_tokens: int = 100,
     strike: Callable[[Sequence[Stream]], None] | None = None,
 ) -> list[Stream]:
     """One stream per question, all at once; `strike` runs beside them and gets them as they grow."""

@@ -110,7 +110,7 @@ def test_a_cable_that_is_pulled_costs_a_pause_and_one_that_is_put_back_brings_th
         token = server.wait_for(r"tllm join \S+ --token (\S+)")[1]
         with join(rig, f"{rig.address('desk')}:25001", "--token", token, state=tmp_path / "attic"):
             server.wait_for(r"API\s+http")
-            body = request("tell me", max_tokens=150)
+            body = request("tell me", max_tokens=100)
 
             def ask(strike: Callable[[], None] | None) -> Stream:
                 stream = Stream()

@@ -180,7 +180,7 @@ def test_a_drained_node_is_left_out_without_a_lost_token_and_comes_back(head):
         def act() -> None:
             assert httpx.post(f"{head.url}/tllm/v1/nodes/fifth/drain", timeout=60).status_code < 300
 
-        found = streams(head.url, max_tokens=150, strike=in_decode(act))
+        found = streams(head.url, max_tokens=100, strike=in_decode(act))
         assert [stream.text for stream in found] == expected
         assert state_of(head, "fifth") == "draining"
         assert joined.workers() == []
