@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tests.planner.brute_force import stage
 from tests.planner.test_exact import model, node, speed
 from tllm.core.errors import ConfigError
+from tllm.core.types import HEAD
 from tllm.planner.cost import crowding, cycle_s, estimated_speed, gain, interpolate, predict
 from tllm.planner.network import MESSAGE_BYTES, ROW_BYTES
-from tllm.planner.profile import HEAD, LinkProfile, Load, ModelProfile, Speed
+from tllm.planner.profile import LinkProfile, Load, ModelProfile, Speed
 
 
 def simulated_cycle_s(jobs: list[tuple[float, float]], num_steps: int) -> float:
@@ -185,6 +186,21 @@ def test_an_estimate_is_what_bandwidth_and_arithmetic_allow():
     assert estimate.layer_s[0] * 32 + estimate.head_s[0] == pytest.approx(0.1251, abs=1e-4)
     rows = estimate.rows[-1]
     assert estimate.layer_s[-1] == pytest.approx(rows * layer / 5e12)  # 2 FLOP for each of layer / 2 weights
+
+
+def test_a_pipeline_cuts_prompts_as_small_as_pays():
+    fast = Speed(rows=(1, 512), layer_s=(0.001, 0.512), head_s=(0.0, 0.0), step_s=0.0)  # in proportion to rows
+    near = links(*ALL, rtt_s=0, bytes_per_s=1e12)
+
+    def chunk(made, stages, head_step_s: float):
+        found = predict(made, stages, near, Load(prompt=512), head_step_s=head_step_s)
+        assert found is not None
+        return found.prefill_chunk
+
+    two = plan_of(4, 8, a=fast, b=fast)
+    assert chunk(*two, 0.0) == 32
+    assert chunk(*two, 10.0) == 512, "every step costs ten seconds"
+    assert chunk(*plan_of(8, a=fast), 0.0) == 512, "nothing overlaps"
 
 
 @pytest.mark.parametrize("name", ["streams", "prompt", "answer", "max_batch_tokens"])

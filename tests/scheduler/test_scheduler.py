@@ -790,6 +790,14 @@ def test_a_reset_to_less_memory_ends_what_no_longer_fits() -> None:
         scheduler.add(request(21))
 
 
+def test_a_reset_to_another_pipeline_takes_its_steps_and_chunks() -> None:
+    scheduler = make(max_batch_tokens=16)
+    scheduler.add(request(12))
+    assert [shape(must(scheduler)), scheduler.schedule()] == [[(1, 0, 12)], None]
+    scheduler.reset(Epoch(2), max_steps_in_flight=2, prefill_chunk=8)
+    assert [shape(must(scheduler)), shape(must(scheduler))] == [[(1, 0, 8)], [(1, 8, 4)]]
+
+
 def test_an_epoch_cannot_be_repeated() -> None:
     with pytest.raises(AssertionError):
         make().reset(Epoch(1))

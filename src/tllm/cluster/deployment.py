@@ -148,7 +148,10 @@ class Deployment:
             self._driver.fail_all(self._refusal())
 
     def _driver_for(self, pipeline: Pipeline) -> Driver:
-        """The first pipeline's shape makes the scheduler; later ones only change how many blocks there are."""
+        """The first pipeline makes the scheduler; later ones change how many blocks and steps there are."""
+        num_steps = self._config.max_steps_in_flight or len(pipeline.plan.stages)
+        prediction = pipeline.plan.prediction
+        prefill_chunk = prediction.prefill_chunk if prediction else None
         if self._scheduler is None or self._driver is None:
             self.max_model_len = pipeline.kv.max_model_len
             self._scheduler = Scheduler(
@@ -159,14 +162,18 @@ class Deployment:
                     max_batch_tokens=self._config.max_batch_tokens,
                     max_sequences=self._config.max_sequences,
                     max_waiting=self._config.max_waiting,
-                    max_steps_in_flight=self._config.max_steps_in_flight or len(pipeline.plan.stages),
+                    max_steps_in_flight=num_steps,
                     prefix_cache=self._config.prefix_cache,
+                    prefill_chunk=prefill_chunk,
                 ),
                 epoch=pipeline.epoch,
             )
             self._driver = Driver(self._scheduler)
         else:
-            self._driver.deliver(self._scheduler.reset(pipeline.epoch, pipeline.kv.num_blocks))
+            updates = self._scheduler.reset(
+                pipeline.epoch, pipeline.kv.num_blocks, max_steps_in_flight=num_steps, prefill_chunk=prefill_chunk
+            )
+            self._driver.deliver(updates)
         return self._driver
 
     @property

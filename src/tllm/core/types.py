@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NewType
+from typing import Final, Literal, NewType
+
+from tllm.core.errors import ConfigError
 
 SequenceId = NewType("SequenceId", int)
 BlockId = NewType("BlockId", int)
 StepId = NewType("StepId", int)
 Epoch = NewType("Epoch", int)
 TokenId = NewType("TokenId", int)
+
+HEAD: Final = "head"  # the head among the nodes: in certificates, in links, and where an order names a neighbour
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +125,36 @@ class DType(StrEnum):
     @property
     def num_bytes(self) -> int:
         return 4 if self is DType.FLOAT32 else 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How the weights of linears are held: so many bits each, and one scale for every `group` inputs of an output.
+
+    Written int8, int4 (in groups of 64), int4-g32, int4-g64, int4-g128.
+    """
+
+    bits: Literal[4, 8]
+    group: int | None = None  # None: all inputs of an output
+
+    @classmethod
+    def parse(cls, text: str) -> Quantization:
+        """Raises ConfigError."""
+        if text not in _QUANTIZATIONS:
+            raise ConfigError(f"Weights cannot be quantized to {text!r}; possible are {', '.join(_QUANTIZATIONS)}.")
+        return _QUANTIZATIONS[text]
+
+    def __str__(self) -> str:
+        return next(text for text, known in _QUANTIZATIONS.items() if known == self)
+
+
+_QUANTIZATIONS: Final = {
+    "int8": Quantization(bits=8),
+    "int4": Quantization(bits=4, group=64),
+    "int4-g32": Quantization(bits=4, group=32),
+    "int4-g64": Quantization(bits=4, group=64),
+    "int4-g128": Quantization(bits=4, group=128),
+}
 
 
 class Codec(StrEnum):

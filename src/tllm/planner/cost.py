@@ -4,7 +4,8 @@
     one token of one stream     the sum of all stages and hops, and what the head itself does for a step
     S streams, K stages         m = min(S, K) steps of S / m rows are in flight:
                                 cycle = max(m * slowest stage, link or head; the sum), tokens/s = S / cycle
-    prompt                      its chunks follow one another through stages and links in a row, K in flight
+    prompt                      its chunks follow one another through stages and links in a row, K in flight; of all
+                                sizes by halves, those with which the first token is soonest
 
 Between measured numbers of rows everything is a straight line, and beyond the last the line goes on. What is left out:
 attention over long contexts (speeds are measured at short ones), and that stages of one machine share its memory bus
@@ -27,6 +28,7 @@ from tllm.planner.profile import LinkProfile, Load, ModelProfile, NodeProfile, S
 
 HEAD_STEP_S = 1.0e-3  # that the head takes for a token: scheduling, packing, detokenizing, one event over HTTP
 ESTIMATED_STEP_S = 0.5e-3  # that a stage takes for a step whatever is in it
+_LEAST_CHUNK = 32  # with fewer rows most stages only read weights
 _ARITHMETIC = 1.5  # times the seconds of one row, from which on rows and not weights are what a step waits for
 
 
@@ -110,14 +112,16 @@ def predict(
         bound = chain.slowest(stage_s, hop_s, num_rows)
         if num_steps > 1:
             bound = f"the round trip of a step, most of it {bound}"
+    chunk, ttft_s = chain.best_chunk(load)
     return Prediction(
-        ttft_s=chain.prefill_s(load),
+        ttft_s=ttft_s,
         tpot_s=cycle,
         tokens_per_s=load.streams / cycle,
         bound=bound,
         stage_s=stage_s,
         hop_s=hop_s,
         note=chain.note(),
+        prefill_chunk=chunk,
     )
 
 
@@ -178,10 +182,22 @@ class _Chain:
         hidden = hidden_message_bytes(self.model, num_rows)
         return [token_message_bytes(num_rows), *[hidden] * (len(self.stages) - 1), token_message_bytes(num_sampled)]
 
-    def prefill_s(self, load: Load) -> float:
+    def best_chunk(self, load: Load) -> tuple[int, float]:
+        """Tokens of a prompt's chunk, and the seconds to the prompt's first token with it.
+
+        Small chunks fill the pipeline sooner; large ones read weights, and cost each stage and hop, less often.
+        """
+        chunks = [load.max_batch_tokens]
+        while len(self.stages) > 1 and chunks[-1] // 2 >= _LEAST_CHUNK:
+            chunks.append(chunks[-1] // 2)
+        seconds = {chunk: self.prefill_s(load.prompt, chunk) for chunk in chunks}
+        best = min(chunks, key=lambda chunk: seconds[chunk])
+        return best, seconds[best]
+
+    def prefill_s(self, prompt: int, chunk: int) -> float:
         """From the prompt to its first token at home. Every stage and every link takes chunk after chunk in order."""
-        whole, rest = divmod(load.prompt, load.max_batch_tokens)
-        sizes = [load.max_batch_tokens] * whole + [rest] * (rest > 0)
+        whole, rest = divmod(prompt, chunk)
+        sizes = [chunk] * whole + [rest] * (rest > 0)
         crowd = [crowding(stage.node) if len(sizes) > 1 else 1.0 for stage in self.stages]
         head_free_s = 0.0
         stage_free_s, edge_free_s = [0.0] * len(self.stages), [0.0] * len(self.edges)

@@ -14,7 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tllm.planner.profile import HEAD, LinkProfile, ModelProfile, NodeProfile
+from tllm.core.types import HEAD
+from tllm.planner.profile import LinkProfile, ModelProfile, NodeProfile
 
 MESSAGE_BYTES = 200  # of a step or a result, whatever is in it
 ROW_BYTES = 8  # of a row beside its hidden state: a token on its way out or home, what a chunk carries

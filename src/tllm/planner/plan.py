@@ -45,6 +45,7 @@ class Prediction:
     stage_s: tuple[float, ...]
     hop_s: tuple[float, ...]  # one more than stages
     note: str = ""  # what was assumed instead of measured; may be empty
+    prefill_chunk: int | None = None  # tokens of a prompt at a time with which `ttft_s` is least; None: not asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,9 +37,6 @@ class LinkProfile:
     bytes_per_s: float
 
 
-HEAD = "head"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """What a plan is to be best for. One stream: the time of its tokens; several: tokens of all together."""

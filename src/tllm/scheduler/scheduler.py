@@ -23,6 +23,8 @@ This file does not know time, arrays, text, nor how many stages there are.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tllm.core.errors import ContextLengthError, QueueFullError, RequestError
 from tllm.core.types import (
     Chunk,
@@ -326,14 +328,27 @@ class Scheduler:
 
     # ---- the whole ---------------------------------------------------------------------------------------------
 
-    def reset(self, epoch: Epoch, num_blocks: int | None = None) -> tuple[Update, ...]:
+    def reset(
+        self,
+        epoch: Epoch,
+        num_blocks: int | None = None,
+        *,
+        max_steps_in_flight: int | None = None,
+        prefill_chunk: int | None = None,
+    ) -> tuple[Update, ...]:
         """Begin a new epoch: all KV and all steps in flight are gone, tokens stay, everything is to be computed again.
 
-        `num_blocks` is the new number of blocks (None: as many as before). Sequences that have as many tokens as now
-        fit end with LENGTH, prompts that do not fit with ERROR; those are the updates.
+        `num_blocks`, `max_steps_in_flight` and `prefill_chunk` are those of the new pipeline (None: as before).
+        Sequences that have as many tokens as now fit end with LENGTH, prompts that do not fit with ERROR; those are the
+        updates.
         """
         assert epoch > self._epoch, f"epoch {epoch} does not follow {self._epoch}"
         self._epoch = epoch
+        self._config = replace(
+            self._config,
+            max_steps_in_flight=max_steps_in_flight or self._config.max_steps_in_flight,
+            prefill_chunk=prefill_chunk or self._config.prefill_chunk,
+        )
         self._in_flight.clear()
         self._spoilt.clear()
         self._refused = None
