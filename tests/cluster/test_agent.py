@@ -146,6 +146,16 @@ async def test_an_agent_that_ends_while_weights_are_fetched_leaves_no_process(
     await until(lambda: workers() == [])
 
 
+async def test_an_agent_that_ends_hashes_nothing_more(
+    tmp_path: Path, identity: rpc.Identity, monkeypatch: pytest.MonkeyPatch
+):
+    closed = []
+    monkeypatch.setattr(ShardStore, "close", lambda store: closed.append(store))
+    async with played(tmp_path, identity):
+        assert not closed
+    assert len(closed) == 1
+
+
 async def test_the_head_is_told_of_a_worker_that_ended_while_it_was_not_there(
     tmp_path: Path, identity: rpc.Identity, monkeypatch: pytest.MonkeyPatch
 ):
@@ -163,6 +173,32 @@ async def test_the_head_is_told_of_a_worker_that_ended_while_it_was_not_there(
         assert head.attached[0].instance == head.attached[1].instance
         workers()[0].kill()
         assert (await head.event("exited")).code == -9
+
+
+async def test_the_head_is_told_of_a_worker_that_ended_while_its_agent_came_back(
+    tmp_path: Path, identity: rpc.Identity, monkeypatch: pytest.MonkeyPatch
+):
+    async def provide(*_: object) -> tuple[str, int]:
+        return await asyncio.get_running_loop().create_future()
+
+    attach = Agent._attach
+
+    async def slow_attach(agent: Agent) -> rpc.ControlStream:
+        stream = await attach(agent)
+        for worker in workers():
+            worker.kill()
+            await until(lambda: not agent._workers)
+        return stream
+
+    monkeypatch.setattr(ShardStore, "provide", provide)
+    monkeypatch.setattr(Agent, "_attach", slow_attach)
+    async with played(tmp_path, identity) as (head, _):
+        await head.order("w-1", load=LOAD)
+        await until(lambda: len(workers()) == 1)
+        assert head.peer is not None
+        await head.peer.aclose()
+        assert (await head.event("exited")).code == -9
+        assert [state.worker_id for state in head.attached[1].workers] == ["w-1"]
 
 
 def test_a_port_belongs_to_one_worker_for_as_long_as_it_lives(tmp_path: Path, identity: rpc.Identity):

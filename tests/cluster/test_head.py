@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,12 +13,16 @@ from typing import Any
 
 import pytest
 
-from tllm.cluster.events import HeadEvent, NodeJoined, Serving
+from tllm.cluster import placement
+from tllm.cluster.events import HeadEvent, NodeJoined, Planned, Serving
 from tllm.cluster.head import Head
 from tllm.cluster.local import local_heads
 from tllm.cluster.machine import machine_id
+from tllm.cluster.shards import ShardStore
 from tllm.core.config import Deadlines, ServeConfig
 from tllm.core.errors import PlanError, RequestError, TransportError, UnavailableError
+from tllm.core.types import HEAD
+from tllm.planner.plan import Plan
 from tllm.transport import rpc, wire
 from tllm.transport import wire_pb2 as pb
 
@@ -30,15 +35,24 @@ pytestmark = pytest.mark.timeout(60)
 class FakeNode:
     """An agent and its workers in one: it says that shards are loaded, joins pipelines and computes nothing.
 
-    `silent` names the orders that it does not answer: measure, load, start.
+    `silent` names the orders that it does not answer: measure, load, start. `cannot_start` is what becomes of a start
+    where another node follows.
     """
 
     def __init__(
-        self, node_id: str, directory: Path, address: str, *, silent: str = "", machine: str | None = None
+        self,
+        node_id: str,
+        directory: Path,
+        address: str,
+        *,
+        silent: str = "",
+        machine: str | None = None,
+        cannot_start: pb.Failed | None = None,
     ) -> None:
         self.id = node_id
         self._machine = machine or machine_id()
         self.silent = silent
+        self._cannot_start = cannot_start
         self.orders: list[str] = []
         self._directory = directory
         self._address = address
@@ -106,6 +120,10 @@ class FakeNode:
                 await self._say(worker_id, loaded=loaded)
             case "start":
                 limits = wire.unpack_limits(order.start.limits)
+                if self._cannot_start is not None and order.start.next_name != HEAD:
+                    self._cannot_start.epoch = limits.epoch
+                    await self._say(worker_id, failed=self._cannot_start)
+                    return
                 self._stages[worker_id].expect(limits)
                 addresses = list(order.start.next) or [self._address]
                 link = await rpc.connect(addresses, limits, identity=None, timeout_s=DEADLINE_S, close_timeout_s=0.1)
@@ -141,6 +159,10 @@ class Running:
 
     def told(self, kind: type[HeadEvent]) -> int:
         return sum(isinstance(event, kind) for event in self.events)
+
+    def plans(self) -> list[Plan]:
+        """In the order in which they were tried."""
+        return [event.plan for event in self.events if isinstance(event, Planned)]
 
     def serving_on(self) -> list[str]:
         """The nodes of the plan in force; none while there is none."""
@@ -263,3 +285,58 @@ async def test_nodes_that_are_lost_before_the_first_plan_are_waited_for_again(tm
             await run.until(lambda: not any(node.state == "ready" for node in run.head.status().nodes))
         async with run.node("n-3"):
             await run.until(lambda: run.serving_on() == ["n-3"])
+
+
+@pytest.mark.parametrize("next_unreachable", [False, True])
+async def test_who_rests_after_a_start_that_failed_is_who_is_to_blame(tmp_path: Path, next_unreachable: bool):
+    failed = pb.Failed(reason="why", next_unreachable=next_unreachable)
+    async with (
+        running(tmp_path, num_nodes=2, use_all=True) as run,
+        run.node("n-1", cannot_start=failed),
+        run.node("n-2", cannot_start=failed),
+    ):
+        await run.until(lambda: run.told(Serving) == 1)
+        first, second = (stage.node.id for stage in run.plans()[0].stages)
+        assert [stage.node.id for stage in run.plans()[1].stages] == [first if next_unreachable else second]
+
+
+async def test_why_a_node_has_no_part_is_what_the_plan_in_force_says(tmp_path: Path):
+    async with running(tmp_path) as run, run.node("n-1") as one:
+        await run.until(lambda: run.told(Serving) == 1)
+        async with run.node("n-2", silent="measure"):
+            await run.until(lambda: run.told(NodeJoined) == 2)
+            run.head._placement._considered = Plan(stages=run.plans()[0].stages, dropped=("n-2: of long ago",))
+            await one.crash_workers()
+            await run.until(lambda: run.told(Serving) == 2)
+            assert [node.reason for node in run.head.status().nodes] == ["", ""]
+
+
+async def test_a_node_that_leaves_while_the_plan_is_made_is_planned_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    planning, gone = threading.Event(), threading.Event()
+    place = placement.place
+
+    def slow_place(*arguments: Any, **options: Any) -> Plan:
+        found = place(*arguments, **options)
+        if not planning.is_set():
+            planning.set()
+            gone.wait(DEADLINE_S)
+        return found
+
+    monkeypatch.setattr(placement, "place", slow_place)
+    async with running(tmp_path) as run:
+        async with run.node("n-1"):
+            await run.until(planning.is_set)
+        await run.until(lambda: not run.head.status().nodes)
+        async with run.node("n-2"):
+            gone.set()
+            await run.until(lambda: run.serving_on() == ["n-2"])
+
+
+async def test_a_head_that_ends_hashes_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    closed = []
+    monkeypatch.setattr(ShardStore, "close", lambda store: closed.append(store))
+    async with running(tmp_path):
+        assert not closed
+    assert len(closed) == 1

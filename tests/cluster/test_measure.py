@@ -379,13 +379,12 @@ class Link:
         self.sizes: list[int] = []
         self._rtt_s, self._bytes_per_s, self._first_s, self._limit_s = rtt_s, bytes_per_s, first_s, limit_s
 
-    async def echo(self, data: bytes, answer_bytes: int) -> bytes:
+    async def echo(self, data: bytes) -> None:
         elapsed_s = self._rtt_s + len(data) / self._bytes_per_s + self._first_s * (not self.sizes)
         self.sizes.append(len(data))
         if elapsed_s > self._limit_s:
             raise TransportError("the peer is gone")
         self.clock.now_s += elapsed_s
-        return bytes(answer_bytes)
 
 
 @settings(max_examples=50, deadline=None)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -139,11 +137,11 @@ def test_a_cable_that_is_pulled_costs_a_pause_and_one_that_is_put_back_brings_th
             assert ask(None).text == expected.text
 
 
-def test_a_head_that_others_can_reach_wants_a_key(rig, tmp_path):
+def test_a_head_that_others_can_reach_wants_a_key(rig, tmp_path, monkeypatch):
+    monkeypatch.delenv("TLLM_API_KEY", raising=False)
     with tllm(
         *("serve", "--host", rig.address("desk")), before=rig.command("desk"), XDG_STATE_HOME=str(tmp_path)
     ) as command:
         assert command.process.wait(timeout=30) == 1
         command.wait_for("--api-key")
-    assert "TLLM_API_KEY" not in os.environ
-    assert json.dumps(command.lines).count("Traceback") == 0
+    assert "Traceback" not in "".join(command.lines)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.system.processes import Server, tllm
 from tests.system.random_models import expected, greedy, remember_speed
-from tllm.cluster.head import model_profile
+from tllm.cluster.placement import model_profile
 from tllm.core.config import state_directory
 from tllm.core.types import DType
 from tllm.models.checkpoint import Checkpoint

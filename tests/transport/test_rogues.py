@@ -108,7 +108,7 @@ CALLS = {
     "Shards/Describe": pb.DescribeRequest(fingerprint="f").SerializeToString(),
     "Shards/Hashes": pb.HashesRequest(fingerprint="f", names=["w"]).SerializeToString(),
     "Shards/Read": pb.ReadRequest(fingerprint="f", name="w").SerializeToString(),
-    "Shards/Echo": pb.EchoRequest(data=b"hello", answer_bytes=5).SerializeToString(),
+    "Shards/Echo": pb.EchoRequest(data=b"hello").SerializeToString(),
 }
 IMPOSTORS: dict[str, Callable[[Site], rpc.Identity]] = {
     "of another cluster": lambda site: replace(

@@ -169,11 +169,12 @@ async def test_another_protocol_is_refused(
     (address,) = await server.start(["127.0.0.1:0"])
     server.expect(LIMITS)
     hello = wire.encode_hello(LIMITS)
+    before = wire.PROTOCOL
     monkeypatch.setattr(wire, "PROTOCOL", 99)
     error = await raw_stream(address, hello)
     assert error is not None
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "speaks protocol 2 and this side protocol 99" in (error.details() or "")
+    assert f"speaks protocol {before} and this side protocol 99" in (error.details() or "")
 
 
 async def test_a_second_peer_is_refused_while_the_first_lives_and_after_it(server: Stage, connect: Connect) -> None:

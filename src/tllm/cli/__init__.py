@@ -5,12 +5,10 @@ Nothing heavy is imported until a verb needs it, so that `tllm --help` answers a
 
 from __future__ import annotations
 
-import sys
-
 import typer
 
 from tllm.cli import bench, cache, demo, doctor, drain, join, nodes, plan, run, serve, token, version
-from tllm.core.errors import TllmError
+from tllm.cli.reporting import reported
 
 app = typer.Typer(
     name="tllm",
@@ -35,11 +33,6 @@ app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
-    """Entry point. An error of ours is one screen on stderr and exit status 1; a bug keeps its traceback."""
-    try:
+    """Entry point."""
+    with reported():
         app()
-    except TllmError as error:
-        print(f"tllm: {error}", file=sys.stderr)
-        if error.__cause__ is not None and not isinstance(error.__cause__, TllmError):
-            print(f"      ({type(error.__cause__).__name__}: {error.__cause__})", file=sys.stderr)
-        sys.exit(1)

@@ -17,9 +17,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import socket
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -27,6 +25,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from tllm.cli import options
+from tllm.cli.reporting import reported
 from tllm.core.config import (
     DEFAULT_GRPC_PORT,
     DEFAULT_HTTP_PORT,
@@ -37,7 +36,7 @@ from tllm.core.config import (
     join_address,
     split_address,
 )
-from tllm.core.errors import ConfigError, TllmError, TransportError
+from tllm.core.errors import ConfigError, TransportError
 
 _ANSWER_S = 10.0
 
@@ -70,13 +69,13 @@ class ClusterFile:
 
 def server_main() -> None:
     """Entry point of `tllm.server`."""
-    with _reported():
+    with reported():
         _server_app()
 
 
 def client_main() -> None:
     """Entry point of `tllm.client`."""
-    with _reported():
+    with reported():
         _client_app()
 
 
@@ -418,18 +417,6 @@ def _refuse_beside(flag: str, context: typer.Context, *names: str) -> None:
         raise ConfigError(
             f"{', '.join(given)} would have no effect beside {flag}. Say it in the file, or leave that out."
         )
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """An error of ours is one screen on stderr and exit status 1, as with `tllm`."""
-    try:
-        yield
-    except TllmError as error:
-        print(f"tllm: {error}", file=sys.stderr)
-        if error.__cause__ is not None and not isinstance(error.__cause__, TllmError):
-            print(f"      ({type(error.__cause__).__name__}: {error.__cause__})", file=sys.stderr)
-        sys.exit(1)
 
 
 _server_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

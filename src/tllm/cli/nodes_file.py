@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import TypeGuard
 
 from tllm.core.errors import ConfigError
-from tllm.core.types import DType
+from tllm.core.types import HEAD, DType
 from tllm.core.units import parse_bytes
 from tllm.planner.cost import estimated_speed
-from tllm.planner.profile import HEAD, LinkProfile, ModelProfile, NodeProfile, Speed
+from tllm.planner.profile import LinkProfile, ModelProfile, NodeProfile, Speed
 
 _FLOP_PER_BYTE = 20  # arithmetic for bandwidth, where a file gives the bandwidth alone
 

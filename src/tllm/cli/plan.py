@@ -45,7 +45,7 @@ def plan(
 ) -> None:
     """Show how a model would be cut over machines, and how fast that should be."""
     from tllm.cli.nodes_file import read_nodes
-    from tllm.cluster.head import model_profile
+    from tllm.cluster.placement import model_profile
     from tllm.models.checkpoint import Checkpoint
     from tllm.models.repository import resolve_model
     from tllm.planner.profile import Load

@@ -21,6 +21,7 @@ import secrets
 import socket
 import tempfile
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -40,10 +41,9 @@ from tllm.cluster.process import WorkerProcess
 from tllm.cluster.shards import ShardStore
 from tllm.core.config import Deadlines, NodeConfig, join_address, split_address, state_directory
 from tllm.core.errors import RefusedError, TllmError, TransportError
-from tllm.planner.profile import HEAD
+from tllm.core.types import HEAD
 from tllm.transport import rpc
 from tllm.transport import wire_pb2 as pb
-from tllm.transport.shards import ShardClient, ShardService
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ class Agent:
         self._speeds = SpeedCache(state_directory() / "speeds")
         self._addresses: tuple[str, ...] = ()  # of this agent's own server
         self._stream: rpc.ControlStream | None = None
+        self._unsent: deque[pb.AgentMessage] = deque()  # since the states of the workers were last told
         self._workers: dict[str, WorkerProcess] = {}
         self._orders: dict[str, asyncio.Queue[pb.WorkerOrder]] = {}  # that a worker has not been given yet
         self._giving: dict[str, asyncio.Task[None]] = {}
@@ -95,12 +96,13 @@ class Agent:
         context is left, the head has been told and every worker is gone.
         """
         async with AsyncExitStack() as stack:
+            stack.callback(self._store.close)  # when nobody can ask any more
             sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="tllm-"))
             addresses = [f"unix:{sockets}/agent.sock"]
             if self._listen_host:
                 addresses.append(join_address(self._listen_host, self._port(0)))
             server = rpc.Server(
-                [ShardService(self._store)],
+                [rpc.ShardService(self._store)],
                 identity=self._identity,
                 liveness=rpc.Liveness.of(self._deadlines),
             )
@@ -123,6 +125,7 @@ class Agent:
     # --------------------------------------------------------------------------------------------- attaching
 
     async def _attach(self) -> rpc.ControlStream:
+        self._unsent.clear()
         attach = pb.Attach(
             protocol=rpc.PROTOCOL,
             version=__version__,
@@ -143,8 +146,10 @@ class Agent:
     async def _serve(self, stream: rpc.ControlStream) -> str:
         """Orders of the head, and of the head that comes after it; returns when one lets this machine go."""
         while True:
-            self._stream = stream
             try:
+                while self._unsent:
+                    await stream.send(self._unsent.popleft())
+                self._stream = stream
                 if (end := await self._take_messages(stream)) is not None and not end.again:
                     return end.reason
                 reason = end.reason if end is not None else "the head closed the connection"
@@ -208,8 +213,10 @@ class Agent:
         return task
 
     async def _send(self, message: pb.AgentMessage) -> None:
-        """To the head, if there is one. What it misses it learns from the states of the workers when it is back."""
+        """To the head, if there is one. What it misses it learns from the states of the workers when it is back; what
+        happens after those were told, it hears next."""
         if self._stream is None:
+            self._unsent.append(message)
             return
         try:
             await self._stream.send(message)
@@ -391,7 +398,7 @@ class Agent:
             try:
                 async with (
                     asyncio.timeout(self._deadlines.measure_s),
-                    ShardClient(addresses, identity=self._identity, peer=order.node_id) as client,
+                    rpc.ShardClient(addresses, identity=self._identity, peer=order.node_id) as client,
                 ):
                     measure = glance_at_link if order.glance else measure_link
                     measured.rtt_s, measured.bytes_per_s = await measure(client)

@@ -14,9 +14,8 @@ import logging
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 
 from tllm.cluster.agent import Agent
 from tllm.cluster.deployment import Deployment
@@ -25,7 +24,6 @@ from tllm.cluster.events import (
     HeadEvent,
     Listening,
     Lost,
-    Measuring,
     NodeJoined,
     NodeLeft,
     Observer,
@@ -37,11 +35,11 @@ from tllm.cluster.events import (
 )
 from tllm.cluster.local import LocalHead, announced
 from tllm.cluster.machine import machine_id
-from tllm.cluster.measurements import Measurements
 from tllm.cluster.membership import Member, Membership
+from tllm.cluster.placement import Placement
 from tllm.cluster.rollout import Home, Pipeline, Rollout
 from tllm.cluster.shards import ShardStore
-from tllm.cluster.status import ClusterStatus, Joining, NodeState, NodeStatus, StageStatus
+from tllm.cluster.status import ClusterStatus, Joining, NodeStatus, StageStatus
 from tllm.core.config import (
     EMBEDDED_MODEL,
     ModelConfig,
@@ -52,22 +50,16 @@ from tllm.core.config import (
     state_directory,
 )
 from tllm.core.errors import ConfigError, PlanError, RequestError, TransportError, UnavailableError
-from tllm.core.types import DType, Epoch
+from tllm.core.types import HEAD, Epoch
 from tllm.models.checkpoint import Checkpoint
 from tllm.models.repository import resolve_headers, resolve_model
-from tllm.models.spec import Shard
-from tllm.planner.cost import gain, predict
-from tllm.planner.plan import Plan, Prediction
-from tllm.planner.profile import Load, ModelProfile
-from tllm.planner.search import place
+from tllm.planner.plan import Plan
 from tllm.transport import rpc
-from tllm.transport.shards import ShardService
 
 log = logging.getLogger(__name__)
 
 _EMBEDDED_NAME = "tllm-demo"
 _OWN_NODE = "n-local"  # the id of the head's own node
-_WORTH = 0.15  # of speed that a change of plan must gain
 _SETTLE_S = 0.5  # after a change of the nodes, for others that come with it
 _MAX_FAILED = 8  # attempts in a row to build a pipeline, then the open requests end
 _MAX_FIRST = 2  # the same before there was one, then the head gives up
@@ -91,14 +83,13 @@ class Head:
         _require_positions(config.model.max_model_len, self.checkpoint.spec.max_positions)
         self.deployment = Deployment(self.checkpoint, config.model, names=served_names(config.model))
         self.grpc_address = ""
-        self._model = model_profile(self.checkpoint, self.dtype, self.deployment.names[0])
-        self._load = Load(streams=config.streams, max_batch_tokens=config.model.max_batch_tokens)
+        self._placement = Placement(
+            self.checkpoint, self.dtype, name=self.deployment.names[0], config=config, observe=self._observe
+        )
         self._epoch = 0  # of the last plan that was rolled out, or tried
         self._events: deque[str] = deque(maxlen=_NUM_EVENTS)
         self._membership: Membership | None = None
-        self._measurements: Measurements | None = None
         self._pipeline: Pipeline | None = None
-        self._considered: Plan | None = None  # the last one, in force or not
         self.url = ""  # of the HTTP side, once there is one
 
     @asynccontextmanager
@@ -118,15 +109,16 @@ class Head:
                 is_revoked=self._tokens.is_revoked,
             )
             stages = rpc.StageServer()
-            identity = self._authority.identity("head")
+            identity = self._authority.identity(HEAD)
             store = ShardStore()
+            stack.callback(store.close)  # when nobody can ask any more
             store.offer(self.checkpoint)
             server = rpc.Server(
                 [
                     rpc.ControlServer(membership.serve),
                     stages,
                     rpc.Enrolment(self._authority, self._tokens),
-                    ShardService(store),
+                    rpc.ShardService(store),
                 ],
                 identity=identity,
                 liveness=rpc.Liveness.of(deadlines),
@@ -163,7 +155,6 @@ class Head:
                 await stack.enter_async_context(agent.attached())
             stack.push_async_callback(membership.aclose, "the head stopped")
 
-            self._measurements = Measurements(self.checkpoint, self.dtype, deadlines)
             rollout = Rollout(
                 checkpoint=self.checkpoint,
                 dtype=self.dtype,
@@ -234,7 +225,6 @@ class Head:
 
     async def _better_plan(self, pipeline: Pipeline, membership: Membership, rollout: Rollout) -> str:
         """Watch the nodes until a plan without one that is to go, or a plan that is much faster, is prepared; why."""
-        assert self._measurements is not None
         not_before_s = time.monotonic() + (0.0 if self._config.use_all else _COOL_DOWN_S)
         members = [worker.member for worker in pipeline.workers]
         is_news, seen = True, set[str]()
@@ -244,7 +234,7 @@ class Head:
             delay_s = 0.0 if leaving else max(0.0, not_before_s - time.monotonic())
             if is_news and delay_s == 0:
                 seen = {member.profile.id for member in membership.usable}  # one that rests comes back silently
-                if (reason := await self._prepared(pipeline, membership, rollout, leaving)) is not None:
+                if (reason := await self._prepared(pipeline, membership, rollout)) is not None:
                     return reason
                 is_news = False
             await asyncio.wait({changed}, timeout=delay_s or _PROBE_S)
@@ -252,44 +242,22 @@ class Head:
                 is_news = True
                 await asyncio.sleep(_SETTLE_S)
             elif delay_s == 0:
-                is_slower = await self._measurements.look_again(members)
+                is_slower = await self._placement.measurements.look_again(members)
                 is_news = is_slower or bool(leaving) or {member.profile.id for member in membership.usable} != seen
 
-    async def _prepared(
-        self, pipeline: Pipeline, membership: Membership, rollout: Rollout, leaving: Sequence[str]
-    ) -> str | None:
+    async def _prepared(self, pipeline: Pipeline, membership: Membership, rollout: Rollout) -> str | None:
         """Why another plan should take the place of this one, once its new workers have loaded; None: it should not."""
         try:
-            plan = self._considered = await self._plan(membership)
-            used, wanted = ({stage.node.id for stage in one.stages} for one in (pipeline.plan, plan))
-            if leaving:
-                reason = f"{', '.join(leaving)} is to go"
-            elif self._config.use_all:
-                if not wanted > used:
-                    return None
-                reason = "every node is to have a part"
-            else:
-                old, new = self._prediction(pipeline), plan.prediction
-                if old is None or new is None or (gained := gain(old, new, self._load)) <= _WORTH:
-                    return None
-                reason = f"another plan is {gained:.0%} faster"
+            plan = await self._placement.plan(membership)
+            members = [worker.member for worker in pipeline.workers]
+            if (reason := self._placement.why_better(plan, pipeline.plan, members)) is None:
+                return None
             log.info("preparing another plan: %s", reason)
             await rollout.prepare(plan, {member.profile.id: member for member in membership.members})
             return reason
-        except (PlanError, UnavailableError) as error:
+        except (PlanError, TransportError, UnavailableError) as error:
             log.warning("the plan in force stays: %s", error)
             return None
-
-    def _prediction(self, pipeline: Pipeline) -> Prediction | None:
-        """Of the plan in force, by what is known now."""
-        assert self._measurements is not None
-        members = [worker.member for worker in pipeline.workers]
-        stages = [
-            replace(stage, node=self._measurements.profile(member))
-            for stage, member in zip(pipeline.plan.stages, members, strict=True)
-        ]
-        links = self._measurements.links(members)
-        return predict(self._model, stages, links, self._load, head_machine=machine_id())
 
     async def _first_pipeline(self, membership: Membership, rollout: Rollout) -> Pipeline:
         """A model too large for the nodes there are waits for others, where others can join. What goes wrong twice, or
@@ -298,7 +266,7 @@ class Head:
         while True:
             changed = membership.next_change()
             try:
-                return await self._new_pipeline(await self._plan(membership), membership, rollout)
+                return await self._new_pipeline(await self._placement.plan(membership), membership, rollout)
             except PlanError as error:
                 rests = [member.rests_s() for member in membership.members if member.rests_s() > 0]
                 num_attached = sum(member.attached for member in membership.members)
@@ -328,7 +296,8 @@ class Head:
             changed = membership.next_change()
             rests = [member.rests_s() for member in membership.members if member.rests_s() > 0]
             try:
-                return await self._new_pipeline(await self._plan_at_once(membership), membership, rollout)
+                plan = await self._placement.plan_at_once(membership, self.deployment.plan)
+                return await self._new_pipeline(plan, membership, rollout)
             except (UnavailableError, TransportError) as error:
                 log.warning("could not serve: %s", error)
                 num_failed += 1
@@ -348,51 +317,12 @@ class Head:
             await asyncio.wait({changed}, timeout=min([deadlines.retry_s, *rests]))
 
     async def _new_pipeline(self, plan: Plan, membership: Membership, rollout: Rollout) -> Pipeline:
-        self._observe(Planned(model=self._model, plan=plan, load=self._load))
+        self._observe(Planned(model=self._placement.model, plan=plan, load=self._placement.load))
         # A new epoch for every attempt: what is left of one cannot enter the next, nor what served another head before.
         served = [worker.last_epoch for member in membership.members for worker in member.workers.values()]
         self._epoch = max(self._epoch, *served, 0) + 1
         members = {member.profile.id: member for member in membership.members}
         return await rollout.roll_out(plan, Epoch(self._epoch), members)
-
-    async def _plan(self, membership: Membership) -> Plan:
-        """The best for the nodes that can be used now; measures those that it knows nothing of, if that can matter."""
-        assert self._measurements is not None
-        self._measurements.keep(membership.members)
-        usable = membership.usable
-        if len(usable) > 1 and self._measurements.missing(usable):
-            self._observe(Measuring(num_nodes=len(usable)))
-            await self._measurements.take(usable)
-            usable = tuple(member for member in usable if member.state is NodeState.READY)
-        return await asyncio.to_thread(self._place, usable)  # many nodes and layers take a while, and streams go on
-
-    async def _plan_at_once(self, membership: Membership) -> Plan:
-        """The same while requests wait: of the nodes that had a part or were measured before, as long as they suffice.
-        The others can be measured when the requests go on."""
-        assert self._measurements is not None
-        before = self.deployment.plan
-        had_part = {stage.node.id for stage in before.stages} if before is not None else set()
-        known = [
-            member
-            for member in membership.usable
-            if member.profile.id in had_part or not self._measurements.missing([member])
-        ]
-        try:
-            return self._place(known)
-        except PlanError:
-            return await self._plan(membership)
-
-    def _place(self, usable: Sequence[Member]) -> Plan:
-        assert self._measurements is not None
-        return place(
-            self._model,
-            [self._measurements.profile(member) for member in usable],
-            min_kv_positions=self._config.model.max_model_len or self._config.model.block_size,
-            links=self._measurements.links(usable),
-            load=self._load,
-            head_machine=machine_id(),
-            use_all=self._config.use_all,
-        )
 
     # ------------------------------------------------------------------------------------------------ status
 
@@ -417,20 +347,18 @@ class Head:
         pipeline = self._pipeline
         kv = pipeline.kv if pipeline is not None else None
         stages = [stage for stage in pipeline.plan.stages if stage.node.id == profile.id] if pipeline else []
-        plan = self._considered or (pipeline.plan if pipeline else None)  # the newest that knows of the node
-        dropped = [line for line in plan.dropped if line.startswith(f"{profile.name}:")] if plan else []
         return NodeStatus(
             id=profile.id,
             name=profile.name,
             host=profile.host,
             state=member.state,
-            reason=member.reason or (dropped[0].partition(": ")[2] if dropped and not stages else ""),
+            reason=member.reason or ("" if stages else self._placement.why_left_out(profile.name)),
             platform=profile.platform,
             device=profile.device,
             num_threads=profile.num_threads,
             memory_bytes=profile.memory_bytes,
             free_bytes=member.free_bytes,
-            decode_tokens_per_s=self._measurements.alone_tokens_per_s(member) if self._measurements else None,
+            decode_tokens_per_s=self._placement.measurements.alone_tokens_per_s(member),
             rtt_s=member.rtt_s,
             stages=tuple(
                 StageStatus(
@@ -457,7 +385,7 @@ class Head:
         others = [other for other in membership.usable if other is not member]
         if not others:
             raise PlanError(f"{member.profile.name} is the only node that can hold the model. Join another one first.")
-        self._place(others)  # PlanError: the model does not fit without it
+        self._placement.of(others)  # PlanError: the model does not fit without it
         member.draining = True
         membership.tell()
         while self._pipeline is None or any(worker.member is member for worker in self._pipeline.workers):
@@ -510,22 +438,3 @@ def served_names(config: ModelConfig) -> tuple[str, ...]:
     if config.served_names:
         return config.served_names
     return (_EMBEDDED_NAME,) if config.model == EMBEDDED_MODEL else (config.model.rstrip("/"),)
-
-
-def model_profile(checkpoint: Checkpoint, dtype: DType, name: str) -> ModelProfile:
-    """What the planner needs of a checkpoint: exact bytes from its headers, in the dtype it is served in."""
-    spec = checkpoint.spec
-
-    def num_bytes(first_layer: int, last_layer: int, *, embed: bool = False, head: bool = False) -> int:
-        shard = Shard(first_layer=first_layer, last_layer=last_layer, embed=embed, head=head)
-        return checkpoint.weight_bytes(shard, dtype)
-
-    return ModelProfile(
-        name=name,
-        layer_bytes=tuple(num_bytes(layer, layer + 1) for layer in range(spec.num_layers)),
-        embed_bytes=num_bytes(0, 0, embed=True),
-        head_bytes=num_bytes(0, 0, head=True),
-        tied=spec.tied,
-        kv_bytes_per_position=spec.kv_bytes_per_position(1, dtype),
-        hidden_bytes=spec.hidden_size * dtype.num_bytes,
-    )

@@ -455,9 +455,9 @@ _BLOBS_S: Final = 0.5
 
 
 class Echoes(Protocol):
-    """A peer that takes bytes and gives back as many zeros as it is asked for: `transport.shards.ShardClient`."""
+    """A peer that takes bytes and says when all of them are there: `transport.shards.ShardClient`."""
 
-    async def echo(self, data: bytes, answer_bytes: int) -> bytes: ...
+    async def echo(self, data: bytes) -> None: ...
 
 
 async def measure_link(client: Echoes, *, clock: Clock = time.perf_counter) -> tuple[float, float]:
@@ -469,7 +469,7 @@ async def measure_link(client: Echoes, *, clock: Clock = time.perf_counter) -> t
 
     async def echo_s(data: bytes) -> float:
         began = clock()
-        await client.echo(data, 1)
+        await client.echo(data)
         return clock() - began
 
     await echo_s(b"")  # whatever the first message has to wait for
@@ -498,7 +498,7 @@ async def glance_at_link(client: Echoes, *, clock: Clock = time.perf_counter) ->
 
     async def echo_s(data: bytes) -> float:
         began = clock()
-        await client.echo(data, 1)
+        await client.echo(data)
         return clock() - began
 
     await echo_s(b"")

@@ -17,18 +17,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
+from tllm.cluster.loads import ENGINE
 from tllm.cluster.measure import from_message, speed_key
 from tllm.cluster.membership import Member
 from tllm.core.config import Deadlines
 from tllm.core.errors import FrameError, TransportError
-from tllm.core.types import DType
+from tllm.core.types import HEAD, DType
 from tllm.models.checkpoint import Checkpoint
-from tllm.planner.profile import HEAD, LinkProfile, NodeProfile, Speed
+from tllm.planner.profile import LinkProfile, NodeProfile, Speed
 from tllm.transport import wire_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-_ENGINE = "torch"
 _MAX_MEASURED_NODES = 16  # whose links to each other are measured; beyond it only those to the head
 
 
@@ -100,8 +100,8 @@ class Measurements:
             dtype=self._dtype,
             device=profile.device,
             num_threads=num_threads,
-            engine=_ENGINE,
-            key=speed_key(self._config, self._dtype, profile.device, num_threads, _ENGINE),
+            engine=ENGINE,
+            key=speed_key(self._config, self._dtype, profile.device, num_threads, ENGINE),
         )
         speed = None
         try:

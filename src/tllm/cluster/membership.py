@@ -70,6 +70,7 @@ class WorkerHandle:
         self.loaded: asyncio.Future[pb.Loaded] = loop.create_future()
         self.ready: asyncio.Future[pb.Ready] = loop.create_future()
         self.lost: asyncio.Future[str] = loop.create_future()
+        self.next_unreachable = False  # whether it was lost because it could not connect to the next stage
         self.engaged = True
         self._number, self._epoch = 0, 0
         self._on_loading = on_loading
@@ -102,7 +103,8 @@ class WorkerHandle:
                 if self.holds is not None and event.failed.number == self.holds.number:
                     self.holds = None
                     self.lose(event.failed.reason)
-                elif event.failed.epoch and event.failed.epoch == self._epoch:
+                elif event.failed.epoch and event.failed.epoch == self._epoch and not self.lost.done():
+                    self.next_unreachable = event.failed.next_unreachable
                     self.lose(event.failed.reason)
             case "exited":
                 self.end(f"its process ended with code {event.exited.code}. {event.exited.reason}".strip())

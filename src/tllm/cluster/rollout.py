@@ -19,15 +19,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 from tllm.cluster.events import Observer, ShardLoaded, ShardLoading
+from tllm.cluster.loads import ENGINE, alike
 from tllm.cluster.machine import local_host_towards
 from tllm.cluster.membership import Member, WorkerHandle, WorkerLostError
 from tllm.core.config import Deadlines, ModelConfig, is_unspecified, join_address, split_address
 from tllm.core.errors import PlanError, TransportError, UnavailableError
-from tllm.core.types import DType, Epoch
+from tllm.core.types import HEAD, DType, Epoch
 from tllm.core.units import format_bytes
 from tllm.models.checkpoint import Checkpoint
 from tllm.planner.plan import Plan, StagePlan
-from tllm.planner.profile import HEAD, NodeProfile
+from tllm.planner.profile import NodeProfile
 from tllm.transport import rpc, wire
 from tllm.transport import wire_pb2 as pb
 from tllm.transport.base import FrameLimits
@@ -180,11 +181,12 @@ class Rollout:
 
     def _assign(self, plan: Plan, members: Mapping[str, Member]) -> list[WorkerHandle]:
         """A worker for every stage: of those on its node that hold the same model, a pipeline in force or not, the one
-        with the most of its layers; a new one where there is none."""
+        with the most of its layers; a new one where there is none. Raises UnavailableError when a node is gone."""
         taken: set[str] = set()
         assigned = []
         for stage in plan.stages:
-            member = members[stage.node.id]
+            if (member := members.get(stage.node.id)) is None:
+                raise UnavailableError(f"{stage.node.name} left while the plan was made.", state="degraded")
             options = [
                 (self._common_bytes(stage, worker.holds), worker)
                 for worker in member.workers.values()
@@ -197,11 +199,7 @@ class Rollout:
         return assigned
 
     def _can_become(self, stage: StagePlan, held: pb.Load) -> bool:
-        wanted = self._load_order(stage, (), listens=False)
-        return all(
-            getattr(held, field) == getattr(wanted, field)
-            for field in ("fingerprint", "dtype", "device", "num_threads", "engine", "max_positions")
-        )
+        return alike(held, self._load_order(stage, (), listens=False))
 
     def _common_bytes(self, stage: StagePlan, held: pb.Load) -> int:
         """Layers that need not be read again; of two workers with as many, rather the one that has the same ends."""
@@ -226,7 +224,7 @@ class Rollout:
             device=node.device,
             num_threads=stage.num_threads,
             host=host if listens else "",
-            engine="torch",
+            engine=ENGINE,
             max_positions=self._config.max_model_len or 0,
             sources=sources,
         )
@@ -319,12 +317,19 @@ class Rollout:
         return Pipeline(plan=plan, epoch=epoch, kv=kv, limits=limits, workers=tuple(workers), link=link, inbox=inbox)
 
     def _blame(self, workers: Sequence[WorkerHandle], index: int) -> None:
-        """A worker that lives and could not start did not reach its neighbour: one of the two nodes is to blame, and it
-        is more often the one that does not answer. A worker that crashed has its strike already."""
-        if workers[index].exited.done():
+        """A worker that lives could not start by its own fault, or because it did not reach the next stage: then one of
+        the two nodes is to blame, and it is more often the one that does not answer; never the head. A worker that
+        crashed has its strike already."""
+        worker = workers[index]
+        if worker.exited.done():
             return
-        to_blame = workers[index + 1] if index + 1 < len(workers) else workers[index]
-        to_blame.member.strike(f"{workers[index].member.profile.name} could not connect to its worker", at_once=True)
+        if not worker.next_unreachable:
+            worker.member.strike("its worker could not start", at_once=True)
+        elif index + 1 == len(workers):
+            worker.member.strike("its worker could not connect to the head", at_once=True)
+        else:
+            reason = f"{worker.member.profile.name} could not connect to its worker"
+            workers[index + 1].member.strike(reason, at_once=True)
 
     def _addresses(self, loaded: pb.Loaded, node: NodeProfile, seen_from: NodeProfile | None) -> list[str]:
         """Raises TransportError when there is none: a node that joined over a Unix socket and is another machine."""

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from tllm.cluster.loads import alike
 from tllm.cluster.machine import end_with_parent
 from tllm.cluster.measure import measure_speed, to_message
 from tllm.cluster.stage import run_stage
@@ -44,6 +45,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _PROGRESS_INTERVAL_S = 0.1
+
+
+class NextUnreachableError(TransportError):
+    """The stage after this one, or the head after the last, did not let this worker connect."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,7 +111,12 @@ class Worker:
                         await self._carry_out(order, tasks)
                     except TllmError as error:
                         log.error("%s", error)
-                        failed = pb.Failed(reason=str(error), number=order.load.number, epoch=order.start.limits.epoch)
+                        failed = pb.Failed(
+                            reason=str(error),
+                            number=order.load.number,
+                            epoch=order.start.limits.epoch,
+                            next_unreachable=isinstance(error, NextUnreachableError),
+                        )
                         await self._emit(pb.WorkerEvent(failed=failed))
             finally:
                 await self._aclose()
@@ -212,8 +222,10 @@ class Worker:
                 timeout_s=self._deadlines.connect_s,
                 liveness=self._liveness,
             )
-        except BaseException:
+        except BaseException as error:
             await inbox.aclose()
+            if isinstance(error, TransportError):
+                raise NextUnreachableError(str(error)) from error
             raise
         task = tasks.create_task(self._serve_stage(engine, inbox, link, limits.epoch), name="stage")
         self._stage = _Stage(inbox=inbox, link=link, task=task)
@@ -269,14 +281,6 @@ class Worker:
             await self._on_compute_thread(engine.close)
         self._compute.shutdown()
         self._directory.cleanup()
-
-
-def alike(one: pb.Load, other: pb.Load) -> bool:
-    """Whether the engine of one load can become that of the other by changing its layers."""
-    return all(
-        getattr(one, field) == getattr(other, field)
-        for field in ("fingerprint", "dtype", "device", "num_threads", "engine", "max_positions")
-    )
 
 
 def engine_config(load: pb.Load, shard: Shard) -> EngineConfig:

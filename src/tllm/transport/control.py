@@ -24,6 +24,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from tllm.core.errors import FrameError, RefusedError, TransportError
+from tllm.core.types import HEAD
 from tllm.transport import wire_pb2 as pb
 from tllm.transport.channels import (
     STREAM_ERRORS,
@@ -37,7 +38,7 @@ from tllm.transport.channels import (
 )
 from tllm.transport.mailbox import Mailbox
 from tllm.transport.peers import Peer, peer_of, refuse
-from tllm.transport.trust import HEAD_NAME, Identity
+from tllm.transport.trust import Identity
 
 if TYPE_CHECKING:  # generic in the stubs alone
     Context = grpc.aio.ServicerContext[bytes, bytes]
@@ -277,7 +278,7 @@ async def attach(
 
     Raises TransportError when nobody answers within `timeout_s`, and RefusedError at once when the head refuses.
     """
-    caller, failures = Caller(identity=identity, peer=HEAD_NAME), Failures()
+    caller, failures = Caller(identity=identity, peer=HEAD), Failures()
     async with deadline(timeout_s, f"no head answered at {address}", failures):
         channel, _ = await first_ready([address], _options(liveness or Liveness()), caller, failures)
         try:

@@ -35,6 +35,7 @@ from google.protobuf.message import DecodeError, Message
 from tllm import __version__
 from tllm.core.config import DEFAULT_GRPC_PORT, split_address
 from tllm.core.errors import ConfigError, FrameError, TransportError
+from tllm.core.types import HEAD
 from tllm.transport import wire_pb2 as pb
 from tllm.transport.channels import (
     STREAM_ERRORS,
@@ -50,7 +51,6 @@ from tllm.transport.channels import (
 from tllm.transport.peers import host_of, refuse
 from tllm.transport.tokens import SECRET_BYTES, JoinToken, TokenStore
 from tllm.transport.trust import (
-    HEAD_NAME,
     MAX_PEM_BYTES,
     Authority,
     Identity,
@@ -263,7 +263,7 @@ async def enrol(address: str, token: str | None, *, timeout_s: float) -> Identit
             joining = JoinToken.parse(token)
             leaf = await _leaf(address, failures)
             _check_pin(leaf, joining, address)
-            caller = Caller(identity=enrolment_identity(), peer=HEAD_NAME, roots=to_pem(leaf))
+            caller = Caller(identity=enrolment_identity(), peer=HEAD, roots=to_pem(leaf))
         channel, _ = await first_ready([address], _options(), caller, failures)
         try:
             call: Call = channel.stream_stream(f"/{Enrolment.name}/{_CALL}")()

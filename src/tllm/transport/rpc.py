@@ -15,11 +15,10 @@ from tllm.transport.server import Server, Service
 from tllm.transport.shards import NotHeldError, ShardClient, ShardProvider, ShardService
 from tllm.transport.stage import RpcLink, StageServer, connect
 from tllm.transport.tokens import JoinToken, Token, TokenStore
-from tllm.transport.trust import HEAD_NAME, Authority, Identity, token_id_of
+from tllm.transport.trust import Authority, Identity, token_id_of
 from tllm.transport.wire import PROTOCOL
 
 __all__ = [
-    "HEAD_NAME",
     "PROTOCOL",
     "Authority",
     "ControlPeer",

@@ -31,9 +31,9 @@ from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from tllm.core.errors import ConfigError, FrameError, TransportError
+from tllm.core.types import HEAD
 from tllm.transport import wire_pb2 as pb
 
-HEAD_NAME = "head"
 PIN_BYTES = 16
 MAX_PEM_BYTES = 8192  # of anything that a peer sends to be parsed
 
@@ -127,7 +127,7 @@ class Authority:
 
     def identity(self, name: str) -> Identity:
         """A new certificate for a fresh key; the head's key is always the same."""
-        key, life = (self._head_key(), _HEAD_LIFE) if name == HEAD_NAME else (new_key(), _NODE_LIFE)
+        key, life = (self._head_key(), _HEAD_LIFE) if name == HEAD else (new_key(), _NODE_LIFE)
         certificate = self._issue(name, key.public_key(), life, token_id="")
         return Identity(name=name, certificate=certificate, key=key_to_pem(key), authority=self.certificate)
 
@@ -136,7 +136,7 @@ class Authority:
 
         Raises FrameError for anything but a request that the holder of a P-256 key signed.
         """
-        assert name != HEAD_NAME
+        assert name != HEAD
         if len(signing_request) > MAX_PEM_BYTES:
             raise FrameError(f"a signing request of {len(signing_request)} bytes")
         try:
