@@ -209,7 +209,6 @@ def test_the_architecture_names_the_family_when_model_type_is_absent() -> None:
         ),
         (tiny_config("llama") | {"hidden_act": "relu"}, ["hidden_act 'relu' is not supported", "silu", "gelu_new"]),
         (tiny_config("gpt2") | {"activation_function": None}, ["activation_function None is not supported"]),
-        (tiny_config("llama") | {"quantization_config": {"bits": 4}}, ['quantization_config is {"bits": 4}']),
         (tiny_config("llama") | {"is_encoder_decoder": True}, ["is_encoder_decoder is true"]),
         (tiny_config("gpt2") | {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx is true"]),
         (tiny_config("gpt2") | {"add_cross_attention": True}, ["add_cross_attention is true"]),

@@ -181,7 +181,6 @@ def test_an_index_that_is_not_json_is_refused(tmp_path: Path) -> None:
     [
         ("pytorch_model.bin", "pytorch_model.bin, a pickle, which tllm never opens .* Convert them to safetensors"),
         ("consolidated.00.pth", "consolidated.00.pth, a pickle"),
-        ("model-q4.gguf", "model-q4.gguf; tllm reads safetensors"),
         ("model-00001-of-00002.safetensors", "neither model.safetensors nor model.safetensors.index.json; download"),
         ("README.md", "has no weights: neither model.safetensors nor model.safetensors.index.json"),
     ],

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.models.test_quantized import read_piece, stored_name
 from tllm.cluster.shards import ShardStore
 from tllm.core.errors import ModelError, TransportError
 from tllm.models.checkpoint import Checkpoint
@@ -22,6 +24,7 @@ from tllm.models.hub import _cut, _runs, open_on_hub
 from tllm.models.repository import find_local, resolve_headers
 from tllm.models.spec import Shard
 from tllm.testing.checkpoints import tiny_checkpoint
+from tllm.testing.quantized import quantized_checkpoint
 from tllm.text.tokenizer import Tokenizer
 from tllm.transport import wire_pb2 as pb
 
@@ -178,6 +181,19 @@ async def test_only_the_bytes_of_the_shard_come_from_the_hub(hub: Hub, tmp_path:
     assert not hub.sent
 
 
+async def test_of_a_quantized_weight_all_tensors_come(hub: Hub, tmp_path: Path) -> None:
+    hub.directory = tmp_path / "awq"
+    weights = quantized_checkpoint(hub.directory, "awq", layers=2, hidden_size=64, intermediate_size=128)
+    load = load_of(Checkpoint.open(hub.directory), (1, 2))
+    path, fetched = await ShardStore(tmp_path / "store").provide(load, None, lambda done, total: None)
+    opened = Checkpoint.open(Path(path))
+    pieces = opened.slices(Shard(first_layer=1, last_layer=2, embed=False, head=False))
+    assert fetched == sum(piece.num_bytes for piece in pieces)
+    for piece in pieces:
+        expected = weights[stored_name(piece.target)]
+        np.testing.assert_allclose(read_piece(opened, piece), expected, rtol=1e-6, atol=1e-6)
+
+
 async def test_a_model_that_changed_on_the_hub_is_not_mixed_with_what_is_served(hub: Hub, tmp_path: Path) -> None:
     served = Checkpoint.open(hub.directory)
     hub.directory = tiny_checkpoint(tmp_path / "finetune", layers=6, hidden_size=128, seed=1)
@@ -238,6 +254,14 @@ def test_a_token_goes_to_the_hub_and_nowhere_else(hub: Hub, monkeypatch: pytest.
 def test_an_unknown_model_is_said_to_be(hub: Hub) -> None:
     with pytest.raises(ModelError, match="neither a directory 'org/other' nor a model of that name on the hub"):
         open_on_hub("org/other")
+
+
+def test_a_repository_of_gguf_files_is_said_to_be_one(hub: Hub, tmp_path: Path) -> None:
+    hub.directory = tmp_path / "gguf"
+    hub.directory.mkdir()
+    (hub.directory / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"download one of them \(model-Q4_K_M.gguf\) and give its path"):
+        open_on_hub("org/name")
 
 
 def test_a_hub_that_is_not_there_is_said_not_to_be(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

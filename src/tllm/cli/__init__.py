@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from tllm.cli import bench, cache, demo, doctor, drain, join, nodes, plan, run, serve, token, version
+from tllm.cli import bench, cache, demo, doctor, drain, join, nodes, plan, quantize, run, serve, token, version
 from tllm.cli.reporting import reported
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("run")(run.run)
 app.command("demo")(demo.demo)
 app.command("nodes")(nodes.nodes)
 app.command("plan")(plan.plan)
+app.command("quantize")(quantize.quantize)
 app.command("drain")(drain.drain)
 app.command("doctor")(doctor.doctor)
 app.command("version")(version.version)

@@ -1,7 +1,10 @@
 """A checkpoint on disk: what its model is, where each weight lies, and what any shard of it needs.
 
 Opening reads config.json and the headers of the safetensors files, and checks that every weight of the model is there
-with the right shape and in a type that tllm loads. Of the weights a few bytes each are read, for the fingerprint.
+with the right shape and in a type that tllm loads. Of the weights a few bytes each are read, for the fingerprint. A
+GGUF file has all of that in one; it is opened as if it were such a directory.
+
+A weight may lie there quantized, as several tensors: a slice names them all, and `read_grouped` reads them.
 
 A manifest (`models/manifest.py`) does instead of headers: then the tensors lie in a shard store, or nowhere yet.
 
@@ -16,18 +19,24 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from tllm.core.errors import ModelError
-from tllm.core.types import DType
+from tllm.core.types import DType, Quantization
 from tllm.models.config import Config
 from tllm.models.families import Family, find_family, read_spec
-from tllm.models.headers import ELEMENT_BYTES, StoredTensors, TensorInfo, read_directory
+from tllm.models.gguf_file import find_gguf, gguf_end_ids, read_gguf
+from tllm.models.grouped import Grouped
+from tllm.models.headers import StoredTensors, TensorInfo, read_directory
+from tllm.models.layouts import Array, Band, BlockWeight, Read, StoredWeight, read_band, stored_rows, whole_heads
 from tllm.models.manifest import MANIFEST_FILE, Manifest, ManifestTensor
+from tllm.models.quantized import Method, Scheme, find_quantized, read_scheme
 from tllm.models.slicing import (
     Source,
     Weight,
@@ -37,7 +46,7 @@ from tllm.models.slicing import (
     slices,
     weight_bytes,
 )
-from tllm.models.spec import ModelSpec, Shard, TensorSlice
+from tllm.models.spec import GroupedFormat, ModelSpec, Shard, TensorSlice
 
 __all__ = ["Checkpoint", "TensorInfo", "end_ids", "generation_defaults"]
 
@@ -50,24 +59,28 @@ STORED_TYPES: Final[Mapping[str, DType]] = {"F32": DType.FLOAT32, "BF16": DType.
 class Checkpoint:
     """An opened checkpoint. Its files are expected to stay as they are."""
 
-    directory: Path
+    directory: Path  # or the GGUF file
     spec: ModelSpec
-    dtype: DType  # in which most of the weights' bytes are stored
+    dtype: DType  # in which most of the weights' bytes are stored; of a quantized one, in which it wants to be computed
     fingerprint: str  # hex; equal for equal config.json, headers, file names, sizes and samples of the weights
     tensors: Mapping[str, TensorInfo]  # by stored name; those without weights (masks, tables) left out
     sources: Mapping[str, Source]  # where each canonical weight lies
+    quantized_weights: Mapping[str, StoredWeight] = field(default_factory=dict)  # by the name of their codes
+    method: Method | None = None  # by which they were made
     config: Mapping[str, object] = field(default_factory=dict)  # config.json
     digest: bytes = b""  # of the headers and samples
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """A directory in the Hugging Face layout, or a manifest of the shard store.
+        """A directory in the Hugging Face layout, a GGUF file or a directory with one, a manifest of the shard store.
 
         A directory that has a manifest of its own in the place of weights can be opened and described, not loaded.
         Raises ModelError naming the file, field or tensor that is missing, wrong or not supported.
         """
         if path.suffix == ".json" and path.is_file() and path.name != "config.json":
             return cls.of_manifest(path, path.parent)
+        if (gguf := find_gguf(path)) is not None:
+            return cls.from_headers(gguf, *read_gguf(gguf))
         directory = path
         config = _read_config(directory)
         if (directory / MANIFEST_FILE).is_file() and not any(directory.glob("*.safetensors")):
@@ -89,21 +102,30 @@ class Checkpoint:
         """The same from what was read already, here or on another machine; no file is touched."""
         family = find_family(config)
         spec = read_spec(config, family)
+        scheme = read_scheme(config)
         tensors = {
             name: info
             for name, info in stored.tensors.items()
             if not any(re.fullmatch(pattern, name) for pattern in family.ignored)
         }
-        spec, sources = _locate(spec, family, tensors, directory)
-        _check_tensors(spec, sources, tensors, directory)
+        names = set(tensors) if scheme is None else scheme.logical_names(tensors)
+        if scheme is not None and scheme.method is Method.GPTQ:
+            spec = _with_stored_biases(spec, _find_prefix(family, names, directory), names)
+        spec, sources = _locate(spec, family, names, directory)
+        quantized: Mapping[str, StoredWeight] = {}
+        if scheme is not None:
+            sources, quantized = _quantized(spec, scheme, sources, tensors, directory)
+        _check_tensors(spec, sources, tensors, quantized, directory)
         config_digest = hashlib.sha256(json.dumps(config.fields, sort_keys=True).encode()).digest()
         return cls(
             directory=directory,
             spec=spec,
-            dtype=_main_dtype(tensors),
+            dtype=_main_dtype(tensors) if not quantized else _computed_dtype(config, tensors, quantized),
             fingerprint=hashlib.sha256(config_digest + stored.digest).hexdigest(),
             tensors=tensors,
             sources=sources,
+            quantized_weights=quantized,
+            method=scheme.method if scheme is not None and quantized else None,
             config=config.fields,
             digest=stored.digest,
         )
@@ -120,16 +142,69 @@ class Checkpoint:
 
     def needed(self, shard: Shard) -> tuple[str, ...]:
         """The stored tensors of which the shard reads at least a part, each once."""
-        return tuple(dict.fromkeys(part.source for part in self.slices(shard)))
+        return tuple(dict.fromkeys(name for part in self.slices(shard) for name in (part.source, *part.others)))
 
     def slices(self, shard: Shard) -> tuple[TensorSlice, ...]:
         """What the shard reads. Raises ModelError when it is no part of the model (see `models/slicing.py`)."""
-        element_bytes = {name: ELEMENT_BYTES[info.dtype] for name, info in self.tensors.items()}
-        return slices(self.spec, shard, self.sources, element_bytes)
+        return slices(self.spec, shard, self.sources, self.tensors, self.quantized_weights)
 
-    def weight_bytes(self, shard: Shard, dtype: DType) -> int:
-        """Memory of the shard's weights once loaded as `dtype`, exactly."""
-        return weight_bytes(self.slices(shard), dtype)
+    def weight_bytes(self, shard: Shard, dtype: DType, quantization: Quantization | None = None) -> int:
+        """Memory of the shard's weights once loaded, exactly: as `dtype`, and quantized where that is asked for or they
+        are stored so."""
+        return weight_bytes(self.slices(shard), dtype, quantization)
+
+    def quantized(self, name: str) -> GroupedFormat | None:
+        """How the weight of this canonical or stored name is quantized; None: it is plain."""
+        source = self.sources.get(name)
+        stored = self.quantized_weights.get(name if source is None else source.name)
+        return None if stored is None else stored.format
+
+    def check_quantization(self, quantization: Quantization) -> None:
+        """Raises ModelError when the linears are stored quantized to other bits than these: that is not undone.
+
+        Otherwise asking for it changes only what is stored plain.
+        """
+        bits: Counter[int] = Counter()
+        for target, source in self.sources.items():
+            if target.startswith("layers.") and (stored := self.quantized_weights.get(source.name)) is not None:
+                bits[stored.format.bits] += 1
+        if bits and (held := bits.most_common(1)[0][0]) != quantization.bits:
+            raise ModelError(
+                f"{self.directory} is quantized to {held} bits already ({self.method}); {quantization} cannot be made "
+                "of it. Leave out --quantize, or take the model with plain weights."
+            )
+
+    def rows_are_runs(self, piece: TensorSlice) -> bool:
+        """Whether some rows of a quantized slice can be read without reading all around them."""
+        return self.quantized_weights[piece.source].rows_are_runs
+
+    def read_grouped(self, piece: TensorSlice, read: Read, first: int = 0, stop: int | None = None) -> Grouped:
+        """Rows `[first, stop)` of a slice that is quantized.
+
+        `read` gives the `num_bytes` at `offset` of `file` of any part of a tensor that it is asked for; in all, that
+        is `piece.num_bytes` for all rows. Where `rows_are_runs` is false read them all at once. Raises ModelError for
+        contents that contradict each other.
+        """
+        stored = self.quantized_weights[piece.source]
+        rows, columns = range(stored.shape[0]), range(stored.shape[1])
+        if piece.dim == 0:
+            rows = range(piece.start, piece.stop)
+        else:
+            columns = range(piece.start, piece.stop)
+        return stored.read(self.tensors, rows[first:stop], columns, read)
+
+    def read_rows(self, piece: TensorSlice, read: Read, first: int = 0, stop: int | None = None) -> Array:
+        """Rows `[first, stop)` of a plain slice whose rows are interleaved, in order; bfloat16 as its bits."""
+        assert piece.interleaved, piece
+        assert piece.grouped is None, piece
+        info = self.tensors[piece.source]
+        rows = range(piece.start, piece.stop)[first:stop]
+        lying = whole_heads(rows, piece.interleaved)
+        if len(info.shape) == 1:
+            row = read_band(info, Band(name=piece.source, rows=range(1), columns=lying), read)
+            return np.ascontiguousarray(row[0][stored_rows(rows, piece.interleaved)])
+        band = Band(name=piece.source, rows=lying, columns=range(info.shape[1]))
+        return np.ascontiguousarray(read_band(info, band, read)[stored_rows(rows, piece.interleaved)])
 
 
 def end_ids(directory: Path) -> tuple[int, ...]:
@@ -137,6 +212,9 @@ def end_ids(directory: Path) -> tuple[int, ...]:
 
     Raises ModelError when the field is neither an id, a list of ids, nor null.
     """
+    gguf = find_gguf(directory)
+    if gguf is not None and not (directory.is_dir() and (directory / "config.json").is_file()):
+        return gguf_end_ids(gguf)
     for config in (_read_generation_config(directory), _read_config(directory)):
         value = config.fields.get("eos_token_id") if config else None
         if value is None:
@@ -192,27 +270,40 @@ def _read_config(directory: Path) -> Config:
 
 
 def _read_generation_config(directory: Path) -> Config | None:
-    path = directory / "generation_config.json"
+    path = (directory.parent if directory.is_file() else directory) / "generation_config.json"
     return Config.read(path) if path.is_file() else None
 
 
-def _find_prefix(family: Family, tensors: Mapping[str, TensorInfo], directory: Path) -> str:
+def _find_prefix(family: Family, names: Collection[str], directory: Path) -> str:
     """Base models are saved without the name of the part they are of a whole."""
     for prefix in family.prefixes:
-        if any(name.startswith(prefix) for name in tensors):
+        if any(name.startswith(prefix) for name in names):
             return prefix
     raise ModelError(f"{directory} has no tensor of a {family.name} model.")
 
 
+def _with_stored_biases(spec: ModelSpec, prefix: str, names: Collection[str]) -> ModelSpec:
+    """Some makers of GPTQ checkpoints store a bias with every linear, of zeros where the model has none."""
+    layer = f"{prefix}layers.0."
+    qkv, output = f"{layer}self_attn.q_proj.bias" in names, f"{layer}self_attn.o_proj.bias" in names
+    mlp = f"{layer}mlp.down_proj.bias" in names
+    return replace(
+        spec,
+        qkv_bias=spec.qkv_bias or qkv,
+        output_bias=spec.output_bias or output,
+        mlp_bias=spec.mlp_bias or mlp,
+    )
+
+
 def _locate(
-    spec: ModelSpec, family: Family, tensors: Mapping[str, TensorInfo], directory: Path
+    spec: ModelSpec, family: Family, names: Collection[str], directory: Path
 ) -> tuple[ModelSpec, dict[str, Source]]:
     """The source of every canonical weight, and the spec with `tied` as the stored tensors have it.
 
     As in transformers: with tied embeddings one of the two may be absent, whichever it is. A checkpoint that says tied
     and stores both is read as it is stored, untied, which gives the same answers if they are equal.
     """
-    prefix = _find_prefix(family, tensors, directory)
+    prefix = _find_prefix(family, names, directory)
     weights = {weight.target: weight for weight in _all_weights(spec)}
     sources: dict[str, Source] = {}
     for stored in family.weights:
@@ -226,7 +317,7 @@ def _locate(
                     offset += weights[target].shape[0]
     sources["head.weight"] = Source(name=family.head)
     if spec.tied:
-        has_embed, has_head = sources["embed.weight"].name in tensors, family.head in tensors
+        has_embed, has_head = sources["embed.weight"].name in names, family.head in names
         if has_embed and has_head:
             logger.info("%s: %s is stored beside the embedding it is tied to; both are used", directory, family.head)
             spec = replace(spec, tied=False)
@@ -242,11 +333,51 @@ def _all_weights(spec: ModelSpec) -> Iterator[Weight]:
     return chain(embed_weights(spec), chain.from_iterable(layers), head_weights(spec))
 
 
+def _quantized(
+    spec: ModelSpec,
+    scheme: Scheme,
+    sources: Mapping[str, Source],
+    tensors: Mapping[str, TensorInfo],
+    directory: Path,
+) -> tuple[dict[str, Source], dict[str, StoredWeight]]:
+    """The sources, with those of quantized weights where their codes lie, and these weights by the same names."""
+    transposed = {source.name for source in sources.values() if source.transpose}
+    shapes = _expected_shapes(spec, sources)
+    matrices = {
+        name: (shape[1], shape[0]) if name in transposed else (shape[0], shape[1])
+        for name, shape in shapes.items()
+        if len(shape) == 2
+    }
+    found = find_quantized(scheme, matrices, tensors, directory)
+    interleaved = spec.head_dim if scheme.interleaved else 0
+    placed: dict[str, Source] = {}
+    quantized: dict[str, StoredWeight] = {}
+    for target, source in sources.items():
+        heads = interleaved if re.fullmatch(r"layers\.\d+\.[qk]\.(weight|bias)", target) else 0
+        weight = found.get(source.name)
+        if weight is None:
+            placed[target] = replace(source, interleaved=heads)
+            continue
+        if isinstance(weight, BlockWeight):
+            weight = replace(weight, interleaved=heads)
+        placed[target] = replace(source, name=weight.names[0], transpose=False, interleaved=heads)
+        quantized[weight.names[0]] = weight
+    return placed, quantized
+
+
 def _check_tensors(
-    spec: ModelSpec, sources: Mapping[str, Source], tensors: Mapping[str, TensorInfo], directory: Path
+    spec: ModelSpec,
+    sources: Mapping[str, Source],
+    tensors: Mapping[str, TensorInfo],
+    quantized: Mapping[str, StoredWeight],
+    directory: Path,
 ) -> None:
-    """Every weight is stored, in the right shape and a type that can be loaded, and nothing else is."""
-    expected = _expected_shapes(spec, sources)
+    """Every weight is stored, in the right shape and a type that can be loaded, and nothing else is.
+
+    Quantized ones are, or they would not have been found.
+    """
+    shapes = _expected_shapes(spec, sources)
+    expected = {name: shape for name, shape in shapes.items() if name not in quantized}
     if missing := [name for name in expected if name not in tensors]:
         others = f" and {len(missing) - 1} others are" if len(missing) > 1 else " is"
         hint = " (tie_word_embeddings is false)" if missing == [sources["head.weight"].name] else ""
@@ -259,7 +390,8 @@ def _check_tensors(
             raise ModelError(
                 f"{directory}: the tensor {name} is stored as {info.dtype}; supported are {', '.join(STORED_TYPES)}."
             )
-    if extra := sorted(set(tensors) - set(expected)):
+    parts = {name for weight in quantized.values() for name in weight.names}
+    if extra := sorted(set(tensors) - set(expected) - parts):
         others = f" and {len(extra) - 1} others" if len(extra) > 1 else ""
         raise ModelError(
             f"{directory}: the checkpoint has {extra[0]}{others}, which a {spec.family} with this config.json has no "
@@ -288,3 +420,14 @@ def _main_dtype(tensors: Mapping[str, TensorInfo]) -> DType:
     for info in tensors.values():
         num_bytes[info.dtype] += info.num_bytes
     return STORED_TYPES[num_bytes.most_common(1)[0][0]]
+
+
+def _computed_dtype(config: Config, tensors: Mapping[str, TensorInfo], quantized: Mapping[str, StoredWeight]) -> DType:
+    """What the config says; else the type of most of what is plain, or of the scales where nothing is."""
+    for name in ("dtype", "torch_dtype"):
+        said = config.fields.get(name)
+        if isinstance(said, str) and said in set(DType):
+            return DType(said)
+    parts = {name for weight in quantized.values() for name in weight.names}
+    plain = {name: info for name, info in tensors.items() if name not in parts}
+    return _main_dtype(plain or {name: info for name, info in tensors.items() if info.dtype in STORED_TYPES})

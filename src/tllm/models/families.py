@@ -105,7 +105,6 @@ def find_family(config: Config) -> Family:
 
 def read_spec(config: Config, family: Family) -> ModelSpec:
     """The numbers of a config. Raises ModelError naming the field, its value and what is supported."""
-    config.refuse_unless("quantization_config", None, "weights must be stored as float32, bfloat16 or float16")
     config.refuse_unless("is_encoder_decoder", False, "only decoder-only models are supported")
     for name, value in family.must_be.items():
         config.refuse_unless(name, value, "other values are not supported")

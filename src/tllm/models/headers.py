@@ -35,6 +35,12 @@ ELEMENT_BYTES: Final[Mapping[str, int]] = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
+# Weights and bytes of one block, of the types whose elements come in blocks along a row (ggml's, see `layouts.py`).
+BLOCKS: Final[Mapping[str, tuple[int, int]]] = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
+    "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
@@ -64,7 +70,7 @@ def read_directory(directory: Path) -> StoredTensors:
     """
     placed = _places(directory)
     names = sorted(set(placed.values())) or [SINGLE_FILE]
-    return store_tensors(directory, placed, [_read_file(directory / name) for name in names], _read_samples)
+    return store_tensors(directory, placed, [_read_file(directory / name) for name in names], read_samples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +87,7 @@ SampleReader = Callable[[Path, "list[range]"], bytes]  # the bytes of these rang
 
 
 def store_tensors(
-    directory: Path, placed: Mapping[str, str], files: Iterable[HeaderFile], read_samples: SampleReader
+    directory: Path, placed: Mapping[str, str], files: Iterable[HeaderFile], sample: SampleReader
 ) -> StoredTensors:
     """The tensors of all files, of those where the index puts them (empty: there is none), and their digest.
 
@@ -93,7 +99,7 @@ def store_tensors(
         name = file.path.name
         found = {tensor: info for tensor, info in file.tensors.items() if not placed or placed.get(tensor) == name}
         hash_.update(f"{name}\0{file.num_bytes}\0".encode() + hashlib.sha256(file.header).digest())
-        hash_.update(hashlib.sha256(read_samples(file.path, sample_ranges(found.values()))).digest())
+        hash_.update(hashlib.sha256(sample(file.path, sample_ranges(found.values()))).digest())
         tensors |= found
     for tensor, name in placed.items():
         if tensor not in tensors:
@@ -112,7 +118,7 @@ def sample_ranges(tensors: Iterable[TensorInfo]) -> list[range]:
     return ranges
 
 
-def _read_samples(path: Path, ranges: list[range]) -> bytes:
+def read_samples(path: Path, ranges: list[range]) -> bytes:
     try:
         with path.open("rb") as file:
             return b"".join(os.pread(file.fileno(), len(part), part.start) for part in ranges)
@@ -180,7 +186,10 @@ def _tensor(path: Path, name: str, entry: object, *, data_start: int) -> TensorI
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
-    """Of a tensor of a known dtype."""
+    """Of a tensor of a known dtype; one of blocks has whole blocks in every row."""
+    if dtype in BLOCKS:
+        size, num_bytes = BLOCKS[dtype]
+        return math.prod(shape) // size * num_bytes
     return math.prod(shape) * ELEMENT_BYTES[dtype]
 
 
@@ -242,6 +251,4 @@ def _no_weights(directory: Path) -> str:
             f"{directory} has its weights as {found[0]}, a pickle, which tllm never opens because it can run code. "
             "Convert them to safetensors, or take a revision of the model that has them."
         )
-    if found := names("*.gguf"):
-        return f"{directory} has its weights as {found[0]}; tllm reads safetensors. Take the model in that format."
     return f"{directory} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}."

@@ -223,13 +223,16 @@ def open_on_hub(name: str) -> HubCheckpoint:
     """
     repository = HubRepository(name)
     place = Path(name)
+    gguf = sorted(file for file in repository.files if file.endswith(".gguf"))
+    if gguf and not {SINGLE_FILE, INDEX_FILE} & repository.files:
+        raise ModelError(f"{name} is GGUF files on the hub: download one of them ({gguf[0]}) and give its path.")
     if "config.json" not in repository.files:
         raise ModelError(f"{name} has no config.json on the hub, so it is not a model in the Hugging Face layout.")
     config = Config(path=f"{name}/config.json", fields=_json_object(name, repository.get("config.json")))
     placed: Mapping[str, str] = {}
     if SINGLE_FILE not in repository.files:
         if INDEX_FILE not in repository.files:
-            raise ModelError(f"{name} has no safetensors on the hub; tllm reads no other format.")
+            raise ModelError(f"{name} has no safetensors on the hub; tllm reads no other format from there.")
         placed = parse_index(place / INDEX_FILE, repository.get(INDEX_FILE))
     names = sorted(set(placed.values())) or [SINGLE_FILE]
     files = [_header(repository, place / file) for file in names]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from tllm.core.errors import ModelError
-from tllm.models.headers import ELEMENT_BYTES, StoredTensors, TensorInfo, tensor_bytes
+from tllm.models.headers import BLOCKS, ELEMENT_BYTES, StoredTensors, TensorInfo, tensor_bytes
 
 MANIFEST_FILE: Final = "tllm.manifest.json"
 MAX_MANIFEST_BYTES: Final = 64 << 20
@@ -66,12 +66,14 @@ class Manifest:
         if not is_hash(self.fingerprint):
             raise ModelError(f"{self.fingerprint[:80]!r} is not a fingerprint: those are 64 hex digits.")
         for name, tensor in self.tensors.items():
-            if tensor.dtype not in ELEMENT_BYTES:
+            if tensor.dtype not in ELEMENT_BYTES and tensor.dtype not in BLOCKS:
                 raise ModelError(f"A manifest gives {name[:200]} the unknown dtype {tensor.dtype[:80]!r}.")
             if len(tensor.shape) > _MAX_DIMS or not all(0 <= size <= _MAX_TENSOR_BYTES for size in tensor.shape):
                 raise ModelError(f"A manifest gives {name[:200]} a shape that no tensor has.")
             if math.prod(tensor.shape) > _MAX_TENSOR_BYTES:
                 raise ModelError(f"A manifest gives {name[:200]} a shape that no tensor has.")
+            if tensor.dtype in BLOCKS and (not tensor.shape or tensor.shape[-1] % BLOCKS[tensor.dtype][0]):
+                raise ModelError(f"A manifest gives {name[:200]} rows that are not whole blocks of {tensor.dtype}.")
             if tensor.sha256 and not is_hash(tensor.sha256):
                 raise ModelError(f"A manifest gives {name[:200]} a hash that is not 64 hex digits.")
 

@@ -1,7 +1,8 @@
 """From what a user calls a model to the directory that holds it.
 
-A name is, in this order: `embedded`, the small model that comes with tllm; a directory; `org/name` on the Hugging
-Face hub, fetched into its cache when the `hub` extra is installed. No code of a repository is ever run or fetched.
+A name is, in this order: `embedded`, the small model that comes with tllm; a directory or a GGUF file; `org/name` on
+the Hugging Face hub, fetched into its cache when the `hub` extra is installed. No code of a repository is ever run or
+fetched.
 
     resolve_model      all of it, fetched first if it has to be
     resolve_headers    all but the weights, for a head that computes nothing
@@ -29,7 +30,7 @@ HUB_FILES: Final = ("*.json", "*.safetensors", *(name for name in SMALL_FILES if
 
 
 def resolve_model(name: str) -> Path:
-    """The directory of a model, fetched first if it has to be.
+    """The directory of a model, or its GGUF file, fetched first if it has to be.
 
     TLLM_OFFLINE=1 or HF_HUB_OFFLINE=1 keep it from the network: a hub model must then be in the cache. Raises
     ModelError saying what was given and what to do.
@@ -37,10 +38,10 @@ def resolve_model(name: str) -> Path:
     if name == EMBEDDED:
         return _embedded()
     path = Path(name).expanduser()
-    if name and path.is_dir():  # the empty path would be the current directory
+    if name and _is_model(path):  # the empty path would be the current directory
         return path.resolve()
     if name and path.exists():
-        raise ModelError(f"{name} is a file; give the directory that holds the model's config.json.")
+        raise ModelError(f"{name} is a file; give the directory that holds the model's config.json, or a GGUF file.")
     if not is_hub_name(name):
         raise ModelError(
             f"There is no model {name!r}: it is neither {EMBEDDED!r}, nor an existing directory, nor a name on the hub "
@@ -71,9 +72,13 @@ def find_local(name: str) -> Path | None:
         return _embedded()
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # too long, with a NUL, of a user that is not
         path = Path(name).expanduser()
-        if name and path.is_dir():
+        if name and _is_model(path):
             return path.resolve()
     return _in_hub_cache(name) if is_hub_name(name) else None
+
+
+def _is_model(path: Path) -> bool:
+    return path.is_dir() or (path.suffix == ".gguf" and path.is_file())
 
 
 def _in_hub_cache(name: str) -> Path | None:

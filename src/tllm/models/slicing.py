@@ -27,11 +27,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import assert_never
+from typing import Final, assert_never
 
 from tllm.core.errors import ModelError
-from tllm.core.types import DType
-from tllm.models.spec import LearnedPositions, MlpKind, ModelSpec, NormKind, Shard, TensorSlice
+from tllm.core.types import DType, Quantization
+from tllm.models.headers import ELEMENT_BYTES, TensorInfo
+from tllm.models.layouts import StoredWeight
+from tllm.models.spec import GroupedFormat, LearnedPositions, MlpKind, ModelSpec, NormKind, Shard, TensorSlice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +69,13 @@ class Weight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where a whole canonical weight lies: outputs `[offset, offset + outputs)` of the stored tensor `name`."""
+    """Where a whole canonical weight lies: outputs `[offset, offset + outputs)` of the stored tensor `name`; of a
+    quantized one, that of its codes."""
 
     name: str
     offset: int = 0
     transpose: bool = False  # stored as (inputs, outputs)
+    interleaved: int = 0  # see TensorSlice
 
 
 def max_ranks(spec: ModelSpec) -> int:
@@ -166,19 +170,31 @@ def shard_weights(spec: ModelSpec, shard: Shard) -> Iterator[Weight]:
 
 
 def slices(
-    spec: ModelSpec, shard: Shard, sources: Mapping[str, Source], element_bytes: Mapping[str, int]
+    spec: ModelSpec,
+    shard: Shard,
+    sources: Mapping[str, Source],
+    tensors: Mapping[str, TensorInfo],
+    quantized: Mapping[str, StoredWeight],
 ) -> tuple[TensorSlice, ...]:
     """The slices of a shard, in the order embedding, layers, head.
 
-    `sources` maps every canonical weight to where it lies, `element_bytes` every stored name to the bytes of one
-    element. Raises ModelError when the shard is no part of the model or its group is larger than `max_ranks`.
+    `sources` maps every canonical weight to where it lies, `tensors` every stored name to what it is, `quantized` the
+    names of codes to the matrices they are of. Raises ModelError when the shard is no part of the model, its group is
+    larger than `max_ranks`, or would cut a quantized weight where that is not possible.
     """
     division = divide(spec, shard.rank, shard.ranks)
-    return tuple(
-        _slice(weight, run, sources[weight.target], element_bytes[sources[weight.target].name])
-        for weight in shard_weights(spec, shard)
-        if (run := _run(spec, weight, division, shard.rank)) is not None
-    )
+    found = []
+    for weight in shard_weights(spec, shard):
+        run = _run(spec, weight, division, shard.rank)
+        if run is None:
+            continue
+        source = sources[weight.target]
+        stored = quantized.get(source.name)
+        if stored is None:
+            found.append(_slice(weight, run, source, ELEMENT_BYTES[tensors[source.name].dtype]))
+        else:
+            found.append(_quantized_slice(weight, run, source, stored, tensors))
+    return tuple(found)
 
 
 def _run(spec: ModelSpec, weight: Weight, division: Division, rank: int) -> range | None:
@@ -214,12 +230,74 @@ def _slice(weight: Weight, run: range, source: Source, element_bytes: int) -> Te
         transpose=source.transpose,
         shape=shape,
         num_bytes=math.prod(shape) * element_bytes,
+        interleaved=source.interleaved,
     )
 
 
-def weight_bytes(parts: Sequence[TensorSlice], dtype: DType) -> int:
-    """What the slices take in memory as `dtype`."""
-    return sum(math.prod(part.shape) for part in parts) * dtype.num_bytes
+def _quantized_slice(
+    weight: Weight, run: range, source: Source, stored: StoredWeight, tensors: Mapping[str, TensorInfo]
+) -> TensorSlice:
+    shape = (*weight.shape[: weight.dim], len(run), *weight.shape[weight.dim + 1 :])
+    offset = source.offset if weight.dim == 0 else 0
+    assert weight.dim == 0 or source.offset == 0, f"{weight.target} is divided by inputs within a fused tensor"
+    part = range(offset + run.start, offset + run.stop)
+    whole = range(source.offset, source.offset + weight.shape[0]), range(weight.shape[1])
+    rows, columns = (part, whole[1]) if weight.dim == 0 else (whole[0], part)
+    return TensorSlice(
+        source=source.name,
+        target=weight.target,
+        dim=weight.dim,
+        start=part.start,
+        stop=part.stop,
+        shape=shape,
+        num_bytes=sum(band.num_bytes(tensors[band.name]) for band in stored.bands(rows, columns)),
+        others=stored.names[1:],
+        grouped=stored.part_format(columns),
+        interleaved=source.interleaved,
+    )
+
+
+_LINEARS: Final = frozenset({"q", "k", "v", "o", "gate", "up", "down"})
+_ENDS: Final = frozenset({"embed", "head"})
+
+
+def held_format(target: str, num_inputs: int, quantization: Quantization) -> GroupedFormat | None:
+    """How a weight that is stored plain is held where weights are quantized; None: plain.
+
+    Linears as asked: with 8 bits one scale for an output; with 4 bits a scale and an offset for every group of inputs,
+    in smaller groups where those do not divide the inputs. Embedding and head, whose errors the answer shows at once,
+    have 8 bits.
+    """
+    *_, name, kind = target.split(".")
+    if kind != "weight" or name not in _LINEARS | _ENDS:
+        return None
+    group = quantization.group
+    if name in _LINEARS and quantization.bits == 4 and group is not None:
+        group = math.gcd(group, num_inputs)
+        if group % _LEAST_GROUP == 0:
+            return GroupedFormat(bits=4, group=group, symmetric=False, scale_dtype="BF16")
+    return GroupedFormat(bits=8, group=num_inputs, symmetric=True, scale_dtype="F32")
+
+
+_LEAST_GROUP: Final = 16
+
+
+def weight_bytes(parts: Sequence[TensorSlice], dtype: DType, quantization: Quantization | None = None) -> int:
+    """What the slices take in memory: those that are stored quantized as they are, linears, embedding and head in the
+    format asked for, all else as `dtype`."""
+    return sum(_held_bytes(part, dtype, quantization) for part in parts)
+
+
+def _held_bytes(part: TensorSlice, dtype: DType, quantization: Quantization | None) -> int:
+    if part.grouped is not None:
+        return part.grouped.num_bytes(part.shape)
+    return held_bytes(part.target, part.shape, dtype, quantization)
+
+
+def held_bytes(target: str, shape: tuple[int, ...], dtype: DType, quantization: Quantization | None) -> int:
+    """What a weight that is stored plain takes in memory."""
+    held = None if quantization is None or len(shape) < 2 else held_format(target, shape[1], quantization)
+    return math.prod(shape) * dtype.num_bytes if held is None else held.num_bytes(shape)
 
 
 def kv_bytes(spec: ModelSpec, shard: Shard, num_positions: int, dtype: DType) -> int:

@@ -6,8 +6,10 @@ This file does not know file formats, tensor names of any family, or any framewo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from tllm.core.types import DType
 
@@ -121,6 +123,26 @@ class Shard:
         return range(self.first_layer, self.last_layer)
 
 
+_SCALE_BYTES: Final[Mapping[str, int]] = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedFormat:
+    """How a matrix (outputs, inputs) is quantized: value = scale * code + offset, codes 0 .. 2**bits - 1, with one
+    scale and one offset for every `group` inputs of an output; symmetric: offset = -(2 ** (bits - 1)) * scale."""
+
+    bits: int  # 4 or 8
+    group: int  # divides the inputs
+    symmetric: bool
+    scale_dtype: str  # F32, F16 or BF16: what scales and offsets are held in
+
+    def num_bytes(self, shape: tuple[int, ...]) -> int:
+        """Of a matrix in memory: codes, scales and offsets."""
+        num_outputs, num_inputs = shape
+        group_bytes = _SCALE_BYTES[self.scale_dtype] * (1 if self.symmetric else 2)
+        return num_outputs * (num_inputs * self.bits // 8 + num_inputs // self.group * group_bytes)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSlice:
     """Rows `[start, stop)` along `dim` of a tensor on disk become (part of) one canonical weight.
@@ -130,6 +152,10 @@ class TensorSlice:
     (outputs) · `q_norm`, `k_norm` `.weight` (head_dim) · `norm.weight`/`.bias` (D) · `head.weight` (V, D), `head.bias`.
     With `tied`, a shard that has the head gets `head.weight` from the embedding tensor, unless it also embeds: then
     the engine uses `embed.weight` for both and no `head.weight` slice exists.
+
+    Of a quantized weight `source` is the tensor of its codes and `dim`, `start`, `stop` are those of the matrix
+    (outputs, inputs), wherever on disk that is; `Checkpoint.read_grouped` reads it. With `interleaved`, the rows of
+    every head of so many lie as 0, n/2, 1, n/2 + 1, ...; `Checkpoint.read_rows` reads a plain one in order.
     """
 
     source: str
@@ -139,4 +165,7 @@ class TensorSlice:
     stop: int
     transpose: bool = False  # after slicing: the tensor on disk is (inputs, outputs)
     shape: tuple[int, ...]  # of the result, after the transpose
-    num_bytes: int  # as stored on disk
+    num_bytes: int  # as stored on disk, of all tensors
+    others: tuple[str, ...] = ()  # the stored tensors beside `source`: scales and the like
+    grouped: GroupedFormat | None = None  # of the result, if it is quantized
+    interleaved: int = 0

@@ -20,6 +20,7 @@ from tllm.core.types import DType
 from tllm.models.config import Config
 from tllm.models.families import Family, find_family, read_spec
 from tllm.models.headers import SINGLE_FILE
+from tllm.models.quantized import QUANTIZED_FIELDS
 from tllm.models.slicing import embed_weights, head_weights, layer_weights
 from tllm.models.spec import ModelSpec
 
@@ -27,9 +28,10 @@ _STORED: Final[Mapping[DType, str]] = {DType.FLOAT32: "F32", DType.BFLOAT16: "BF
 
 
 def shortened(config: Config, num_layers: int, vocab_size: int) -> Config:
-    """The config of the model's first layers and tokens. Raises ModelError when it is none that tllm knows."""
+    """The config of the model's first layers and tokens, its weights plain. Raises ModelError when it is none that tllm
+    knows."""
     family = find_family(config)
-    fields = dict(config.fields)
+    fields = {name: value for name, value in config.fields.items() if name not in QUANTIZED_FIELDS}
     for size, value in (("num_layers", num_layers), ("vocab_size", vocab_size)):
         names = family.sizes[size].names
         for name in [name for name in names if name in fields] or names[:1]:

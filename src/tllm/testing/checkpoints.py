@@ -53,6 +53,7 @@ CHAT_TEMPLATE = (
 )
 
 _STORED = {DType.FLOAT32: "F32", DType.BFLOAT16: "BF16", DType.FLOAT16: "F16"}
+_ELEMENT_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U32": 4, "I32": 4, "U8": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,7 +350,7 @@ def write_safetensors(
     sizes = []
     offset = 0
     for name, stored, shape in entries:
-        num_bytes = int(np.prod(shape, dtype=np.int64)) * (4 if stored == "F32" else 2)
+        num_bytes = int(np.prod(shape, dtype=np.int64)) * _ELEMENT_BYTES[stored]
         header[name] = {"dtype": stored, "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
         sizes.append(num_bytes)
         offset += num_bytes

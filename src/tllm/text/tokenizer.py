@@ -12,6 +12,8 @@ Read from the checkpoint's directory, as transformers reads it:
 * chat_template.jinja and additional_chat_templates/*.jinja replace the config's templates; chat_template.json is read
   where there is no other.
 
+A GGUF file has a tokenizer of its own (`gguf_tokenizer.py`); a tokenizer.json beside it goes before that.
+
 This file does not know how a template is rendered, nor what a model is.
 """
 
@@ -26,6 +28,8 @@ import tokenizers
 
 from tllm.core.errors import ModelError, RequestError
 from tllm.core.types import TokenId
+from tllm.models.gguf_file import find_gguf
+from tllm.text.gguf_tokenizer import read_gguf_tokenizer
 from tllm.text.spelling import Spelling
 
 _NAMED_TOKENS: Final = (
@@ -76,7 +80,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
-        """Read a checkpoint's tokenizer. Raises ModelError naming the file that is missing or wrong."""
+        """Read the tokenizer of a checkpoint's directory or GGUF file.
+
+        Raises ModelError naming the file that is missing or wrong.
+        """
+        if (gguf := find_gguf(directory)) is not None:
+            if not (gguf.parent / "tokenizer.json").is_file():
+                made = read_gguf_tokenizer(gguf)
+                return cls(
+                    made.backend, config=made.config, special_tokens=made.special_tokens, templates=made.templates
+                )
+            directory = gguf.parent
         path = directory / "tokenizer.json"
         if not path.is_file():
             has_sentencepiece = (directory / "tokenizer.model").is_file()
