@@ -302,7 +302,7 @@ class Asked(Member):
 
 
 def measurements() -> Measurements:
-    return Measurements(Checkpoint.open(resolve_model("embedded")), DType.FLOAT32, Deadlines())
+    return Measurements(Checkpoint.open(resolve_model("embedded")), DType.FLOAT32, None, Deadlines())
 
 
 async def test_a_node_that_was_lost_while_it_was_measured_is_asked_again_and_one_that_is_silent_is_not():

@@ -182,7 +182,7 @@ def test_an_estimate_is_what_bandwidth_and_arithmetic_allow():
         tied=False,
         kv_bytes_per_position=4096,
     )
-    estimate = estimated_speed(made, bytes_per_s=120e9, flop_per_s=5e12, weight_bytes=2, step_s=0)
+    estimate = estimated_speed(made, bytes_per_s=120e9, flop_per_s=5e12, step_s=0)
     assert estimate.layer_s[0] * 32 + estimate.head_s[0] == pytest.approx(0.1251, abs=1e-4)
     rows = estimate.rows[-1]
     assert estimate.layer_s[-1] == pytest.approx(rows * layer / 5e12)  # 2 FLOP for each of layer / 2 weights

@@ -24,7 +24,7 @@ NODE = '[[nodes]]\nname = "a"\nmemory = "1GB"\n'
 def read(tmp_path: Path, text: str, name: str = "nodes.toml") -> Cluster:
     path = tmp_path / name
     path.write_text(text)
-    return read_nodes(path, model([10] * 4), DType.BFLOAT16)
+    return read_nodes(path, model([10] * 4))
 
 
 def run(*arguments: str) -> str:
@@ -120,7 +120,7 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path, text, message):
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nothing\.toml cannot be read: No such file"):
-        read_nodes(tmp_path / "nothing.toml", model([1]), DType.FLOAT32)
+        read_nodes(tmp_path / "nothing.toml", model([1]))
 
 
 def test_this_machine_can_be_probed():

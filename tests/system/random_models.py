@@ -46,6 +46,6 @@ def expected(model: Path) -> list[int]:
 def remember_speed(state: Path, model: Path, *, head_s: float = 1e-3) -> None:
     """Let the machine with that state directory have been measured before, with one thread: it saves every test some
     seconds of a worker, and a plan does not hang on chance."""
-    key = speed_key(Checkpoint.open(model).config, DType.FLOAT32, "cpu", 1, "torch")
+    key = speed_key(Checkpoint.open(model).config, DType.FLOAT32, None, "cpu", 1, "torch")
     speed = Speed(rows=(1, 64), layer_s=(1e-3, 1e-2), head_s=(head_s, 10 * head_s), step_s=1e-3)
     SpeedCache(state / "speeds").put(key, to_message(speed))

@@ -31,7 +31,7 @@ SIZES = ("--max-batch-tokens", str(ROWS), "--max-model-len", str(POSITIONS))
 
 def memory_of(model: Path, num_layers: int) -> int:
     """What a node must offer to hold so many layers and both ends, with KV for one context; not enough for one more."""
-    profile = model_profile(Checkpoint.open(model), DType.FLOAT32, "")
+    profile = model_profile(Checkpoint.open(model), DType.FLOAT32, None, "")
     layer_bytes = max(profile.layer_bytes) + POSITIONS * profile.kv_bytes_per_position
     ends_bytes = profile.embed_bytes + profile.head_bytes
     assert ends_bytes < layer_bytes

@@ -181,10 +181,15 @@ def _torch() -> list[Finding]:
     return [Finding(what="torch", found=f"{metadata.version('torch')}: {line}") for line in describe_devices()]
 
 
-def _compiler() -> list[Finding]:
-    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    remedy = "" if found else "Only needed for compiled kernels; install g++ or clang++ for them."
-    return [Finding(what="compiler", found=found or "none", remedy=remedy)]
+def _kernels() -> list[Finding]:
+    """Compiles them, as the first start would."""
+    if util.find_spec("torch") is None:
+        return []
+    from tllm.engines.torch.kernels import build
+
+    remedy = "" if build.library() else "Without them a CPU is slower, with quantized weights many times slower."
+    what, _, found = build.status().partition(": ")
+    return [Finding(what=what, found=found, remedy=remedy)]
 
 
 def _memory() -> list[Finding]:
@@ -257,7 +262,7 @@ def _takes_multicast(address: str) -> bool:
 _CHECKS: tuple[Callable[[], list[Finding]], ...] = (
     _python,
     _torch,
-    _compiler,
+    _kernels,
     _memory,
     _ports,
     _proxies,

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from tllm.core.errors import ConfigError
-from tllm.core.types import HEAD, DType
+from tllm.core.types import HEAD
 from tllm.core.units import parse_bytes
 from tllm.planner.cost import estimated_speed
 from tllm.planner.profile import LinkProfile, ModelProfile, NodeProfile, Speed
@@ -51,7 +51,7 @@ class Cluster:
     notes: tuple[str, ...] = ()
 
 
-def read_nodes(path: Path, model: ModelProfile, dtype: DType) -> Cluster:
+def read_nodes(path: Path, model: ModelProfile) -> Cluster:
     """The machines that a file describes. Raises ConfigError naming the file, the entry and the field."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -65,7 +65,7 @@ def read_nodes(path: Path, model: ModelProfile, dtype: DType) -> Cluster:
     nodes, notes = [], []
     for number, each in enumerate(top.entries("nodes"), start=1):
         entry = _Entry(f"{path}: node {number}", each, _NODE_FIELDS)
-        node, note = _node(entry, model, dtype)
+        node, note = _node(entry, model)
         nodes.append(node)
         notes += [note] * bool(note)
     names = [node.name for node in nodes]
@@ -82,7 +82,7 @@ def read_nodes(path: Path, model: ModelProfile, dtype: DType) -> Cluster:
     return Cluster(nodes=tuple(nodes), links=tuple(links), head_machine=machines[head], notes=tuple(notes))
 
 
-def _node(entry: _Entry, model: ModelProfile, dtype: DType) -> tuple[NodeProfile, str]:
+def _node(entry: _Entry, model: ModelProfile) -> tuple[NodeProfile, str]:
     name = entry.text("name")
     speed, note = None, ""
     if "speed" in entry.values:
@@ -92,7 +92,7 @@ def _node(entry: _Entry, model: ModelProfile, dtype: DType) -> tuple[NodeProfile
     elif "bandwidth_gb_per_s" in entry.values:
         bytes_per_s = entry.number("bandwidth_gb_per_s") * 1e9
         flop_per_s = entry.number("gflop_per_s", default=bytes_per_s * _FLOP_PER_BYTE / 1e9) * 1e9
-        speed = estimated_speed(model, bytes_per_s=bytes_per_s, flop_per_s=flop_per_s, weight_bytes=dtype.num_bytes)
+        speed = estimated_speed(model, bytes_per_s=bytes_per_s, flop_per_s=flop_per_s)
         note = f"{name}: rough, what its bandwidth and arithmetic allow at best"
     elif "gflop_per_s" in entry.values:
         raise ConfigError(f"{entry.where}: gflop_per_s needs bandwidth_gb_per_s beside it.")

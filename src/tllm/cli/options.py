@@ -21,7 +21,7 @@ from tllm.core.config import (
     NodeConfig,
 )
 from tllm.core.errors import ConfigError
-from tllm.core.types import DType
+from tllm.core.types import DType, Quantization
 from tllm.core.units import parse_bytes
 
 
@@ -39,7 +39,15 @@ Model = Annotated[
 ModelDType = Annotated[
     DType | None,
     typer.Option(
-        "--dtype", help="Of weights, KV and activations; the checkpoint's own by default.", envvar="TLLM_DTYPE"
+        "--dtype",
+        help="Of KV, activations and weights that are not quantized; the checkpoint's own by default.",
+        envvar="TLLM_DTYPE",
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="Hold weights as int8 or int4 (also int4-g32, int4-g128: in other groups than 64).", envvar="TLLM_QUANTIZE"
     ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.", envvar="TLLM_DEVICE")]
@@ -75,6 +83,7 @@ def model_config(
     model: str = EMBEDDED_MODEL,
     served_names: tuple[str, ...] = (),
     dtype: DType | None = None,
+    quantize: str | None = None,
     max_model_len: int | None = None,
     kv_memory: str | None = None,
     block_size: int = DEFAULT_BLOCK_SIZE,
@@ -85,12 +94,18 @@ def model_config(
         model=model,
         served_names=served_names,
         dtype=dtype,
+        quantization=quantization(quantize),
         max_model_len=max_model_len,
         kv_bytes=parse_bytes(kv_memory) if kv_memory else None,
         block_size=block_size,
         max_batch_tokens=max_batch_tokens,
         seed=seed,
     )
+
+
+def quantization(text: str | None) -> Quantization | None:
+    """Raises ConfigError."""
+    return None if text is None else Quantization.parse(text)
 
 
 def node_config(

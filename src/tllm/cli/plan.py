@@ -16,7 +16,6 @@ import typer
 from tllm.cli import options
 from tllm.core.config import DEFAULT_BLOCK_SIZE, DEFAULT_MAX_BATCH_TOKENS, EMBEDDED_MODEL
 from tllm.core.errors import ConfigError
-from tllm.core.types import DType
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +38,7 @@ def plan(
     answer: Annotated[int, typer.Option(help="Tokens of a typical answer.")] = 128,
     all_nodes: Annotated[bool, typer.Option("--all-nodes", help="Use every node, even one that slows it.")] = False,
     dtype: options.ModelDType = None,
+    quantize: options.Quantize = None,
     max_model_len: options.MaxModelLen = None,
     max_batch_tokens: options.MaxBatchTokens = DEFAULT_MAX_BATCH_TOKENS,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
@@ -55,9 +55,8 @@ def plan(
         raise ConfigError(f"--max-model-len is {max_model_len}; it must be at least 1.")
     load = Load(streams=streams, prompt=prompt, answer=answer, max_batch_tokens=max_batch_tokens)
     checkpoint = Checkpoint.open(resolve_model(model))
-    served = dtype or checkpoint.dtype
-    profile = model_profile(checkpoint, served, model)
-    cluster = this_machine(profile, served) if nodes is None else read_nodes(nodes, profile, served)
+    profile = model_profile(checkpoint, dtype or checkpoint.dtype, options.quantization(quantize), model)
+    cluster = this_machine(profile) if nodes is None else read_nodes(nodes, profile)
     found = place(
         profile,
         cluster.nodes,
@@ -120,7 +119,7 @@ def as_record(model: ModelProfile, plan: Plan, load: Load, notes: Sequence[str])
     }
 
 
-def this_machine(model: ModelProfile, dtype: DType) -> Cluster:
+def this_machine(model: ModelProfile) -> Cluster:
     """This machine alone, by the speed at which it copies memory and multiplies matrices: rough, and said so."""
     import socket
 
@@ -138,7 +137,7 @@ def this_machine(model: ModelProfile, dtype: DType) -> Cluster:
         host="",
         memory_bytes=int(free_bytes() * _MEMORY_SHARE),
         num_threads=num_threads,
-        speed=estimated_speed(model, bytes_per_s=bytes_per_s, flop_per_s=flop_per_s, weight_bytes=dtype.num_bytes),
+        speed=estimated_speed(model, bytes_per_s=bytes_per_s, flop_per_s=flop_per_s),
     )
     note = (
         f"rough: this machine copies memory at {bytes_per_s / 1e9:.3g} GB/s and multiplies at "

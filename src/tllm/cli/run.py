@@ -42,6 +42,7 @@ def run(
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; the model's own by default.")] = None,
     workers: options.Workers = 1,
     dtype: options.ModelDType = None,
+    quantize: options.Quantize = None,
     device: options.Device = "cpu",
     threads: options.Threads = None,
     max_model_len: options.MaxModelLen = None,
@@ -54,7 +55,7 @@ def run(
     if url is None:
         options.refuse_beside("a server of its own (no --url)", context, "api_key")
     else:
-        options.refuse_beside("--url", context, "workers", "dtype", "device", "threads", "max_model_len")
+        options.refuse_beside("--url", context, "workers", "dtype", "quantize", "device", "threads", "max_model_len")
     with ExitStack() as stack:
         if url is None:
             from rich.console import Console
@@ -66,7 +67,7 @@ def run(
             config = ServeConfig(
                 port=0,
                 grpc_port=0,
-                model=options.model_config(model=model, dtype=dtype, max_model_len=max_model_len),
+                model=options.model_config(model=model, dtype=dtype, quantize=quantize, max_model_len=max_model_len),
                 local_node=options.node_config(workers=workers, device=device, threads=threads),
             )
             resolve_model(model)  # a download happens here, where Ctrl-C still ends it

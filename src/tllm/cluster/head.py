@@ -80,6 +80,8 @@ class Head:
         computes = config.local_node is not None  # else the weights need not be on this machine
         self.checkpoint = Checkpoint.open((resolve_model if computes else resolve_headers)(config.model.model))
         self.dtype = config.model.dtype or self.checkpoint.dtype
+        if config.model.quantization is not None:
+            self.checkpoint.check_quantization(config.model.quantization)
         _require_positions(config.model.max_model_len, self.checkpoint.spec.max_positions)
         self.deployment = Deployment(self.checkpoint, config.model, names=served_names(config.model))
         self.grpc_address = ""

@@ -11,7 +11,7 @@ from tllm.transport import wire_pb2 as pb
 
 ENGINE: Final = "torch"
 
-_FIXED = ("fingerprint", "dtype", "device", "num_threads", "engine", "max_positions")
+_FIXED = ("fingerprint", "dtype", "device", "num_threads", "engine", "max_positions", "quantization")
 
 
 def alike(one: pb.Load, other: pb.Load) -> bool:

@@ -43,6 +43,7 @@ from tllm.core.types import (
     Chunk,
     DType,
     Epoch,
+    Quantization,
     SamplingParams,
     SamplingState,
     SequenceId,
@@ -54,7 +55,7 @@ from tllm.engines.base import Engine, EngineConfig
 from tllm.models.checkpoint import Checkpoint
 from tllm.models.config import Config
 from tllm.models.families import find_family, read_spec
-from tllm.models.slicing import layer_weights
+from tllm.models.slicing import held_bytes, layer_weights
 from tllm.models.spec import ModelSpec, Shard
 from tllm.models.synthetic import shortened, write_zeros
 from tllm.planner.profile import Speed
@@ -98,13 +99,15 @@ def measure_speed(
     """Time the order's model; blocks for about `budget_s`, and longer only where loading takes most of that.
 
     `directory` is made if need be, and is left as it was. Raises ModelError for a config or dtype that is no model's,
-    EngineError when memory suffices not even for one layer, and whatever `make_engine` raises.
+    ConfigError for an unknown quantization, EngineError when memory suffices not even for one layer, and whatever
+    `make_engine` raises.
     """
     began = clock()
     config = _read_config(order.config)
     dtype = _read_dtype(order.dtype)
+    quantization = Quantization.parse(order.quantization) if order.quantization else None
     full = read_spec(config, find_family(config))
-    layer_bytes = _layer_bytes(full, dtype)
+    layer_bytes = _layer_bytes(full, dtype, quantization)
     num_layers = min(full.num_layers, math.ceil(_UNCACHED_BYTES / layer_bytes))
     vocab_size = min(full.vocab_size, math.ceil(_HEAD_BYTES / (full.hidden_size * dtype.num_bytes)))
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -116,10 +119,16 @@ def measure_speed(
         checkpoint = Checkpoint.open(Path(zeros))
         engine = make_engine(
             order.engine,
-            EngineConfig(shard=_part(0), dtype=dtype, device=order.device, num_threads=order.num_threads or None),
+            EngineConfig(
+                shard=_part(0),
+                dtype=dtype,
+                quantization=quantization,
+                device=order.device,
+                num_threads=order.num_threads or None,
+            ),
         )
         try:
-            bench = _Bench(engine, checkpoint, dtype, clock)
+            bench = _Bench(engine, checkpoint, dtype, quantization, clock)
             return _measure(bench, full, num_layers, began, budget_s)
         finally:
             engine.close()
@@ -172,7 +181,14 @@ class _Bench:
     Blocks: nine for each of the decoding sequences, eight of them its context, then those of prompts.
     """
 
-    def __init__(self, engine: Engine, checkpoint: Checkpoint, dtype: DType, clock: Clock) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        checkpoint: Checkpoint,
+        dtype: DType,
+        quantization: Quantization | None,
+        clock: Clock,
+    ) -> None:
         self.engine = engine
         self.clock = clock
         self._checkpoint = checkpoint
@@ -185,8 +201,8 @@ class _Bench:
         prompt_blocks = num_prompts * math.ceil(self._prompt_length / _BLOCK_SIZE)
         self._num_blocks = max(max(_DECODES) * self._stride + prompt_blocks, max(_PREFILLS))
         self.vocab_size = spec.vocab_size
-        self.layer_bytes = _layer_bytes(spec, dtype)
-        self.head_bytes = checkpoint.weight_bytes(_part(0, head=True), dtype)
+        self.layer_bytes = _layer_bytes(spec, dtype, quantization)
+        self.head_bytes = checkpoint.weight_bytes(_part(0, head=True), dtype, quantization)
         engine.load(checkpoint, _ignore)
         self._prepare()
 
@@ -299,8 +315,8 @@ def _part(num_layers: int, *, head: bool = False) -> Shard:
     return Shard(first_layer=0, last_layer=num_layers, embed=False, head=head)
 
 
-def _layer_bytes(spec: ModelSpec, dtype: DType) -> int:
-    return sum(math.prod(weight.shape) for weight in layer_weights(spec, 0)) * dtype.num_bytes
+def _layer_bytes(spec: ModelSpec, dtype: DType, quantization: Quantization | None) -> int:
+    return sum(held_bytes(weight.target, weight.shape, dtype, quantization) for weight in layer_weights(spec, 0))
 
 
 def _ignore(done_bytes: int, total_bytes: int) -> None:
@@ -327,7 +343,14 @@ def _read_dtype(name: str) -> DType:
 # Remembered speeds ----------------------------------------------------------------------------------------------------
 
 
-def speed_key(config: Mapping[str, object], dtype: DType, device: str, num_threads: int, engine: str) -> str:
+def speed_key(
+    config: Mapping[str, object],
+    dtype: DType,
+    quantization: Quantization | None,
+    device: str,
+    num_threads: int,
+    engine: str,
+) -> str:
     """What a speed depends on, save the machine: equal for models of one shape, whatever their weights are.
 
     `config` is what a config.json says. Raises ModelError.
@@ -338,7 +361,7 @@ def speed_key(config: Mapping[str, object], dtype: DType, device: str, num_threa
     for name in ("family", "max_positions", "norm_eps", "attention_scale", "tied"):
         del shape[name]
     shape["positions"] = type(spec.positions).__name__
-    depends_on = [shape, dtype.value, device, num_threads, engine, tllm.__version__]
+    depends_on = [shape, dtype.value, str(quantization), device, num_threads, engine, tllm.__version__]
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
 
 

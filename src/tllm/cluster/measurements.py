@@ -22,7 +22,7 @@ from tllm.cluster.measure import from_message, speed_key
 from tllm.cluster.membership import Member
 from tllm.core.config import Deadlines
 from tllm.core.errors import FrameError, TransportError
-from tllm.core.types import HEAD, DType
+from tllm.core.types import HEAD, DType, Quantization
 from tllm.models.checkpoint import Checkpoint
 from tllm.planner.profile import LinkProfile, NodeProfile, Speed
 from tllm.transport import wire_pb2 as pb
@@ -33,12 +33,15 @@ _MAX_MEASURED_NODES = 16  # whose links to each other are measured; beyond it on
 
 
 class Measurements:
-    """What is known of the nodes for one model in one dtype."""
+    """What is known of the nodes for one model in one form."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: DType, deadlines: Deadlines) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: DType, quantization: Quantization | None, deadlines: Deadlines
+    ) -> None:
         self._config = checkpoint.config
         self._num_layers = checkpoint.spec.num_layers
         self._dtype = dtype
+        self._quantization = quantization or _stored_quantization(checkpoint)
         self._deadlines = deadlines
         self._speeds: dict[tuple[str, str], Speed | None] = {}  # (node, its agent's process); None: it could not say
         self._links: dict[tuple[str, str], LinkProfile] = {}  # by instances of agents
@@ -98,10 +101,11 @@ class Measurements:
         order = pb.Measure(
             config=json.dumps(self._config),
             dtype=self._dtype,
+            quantization=str(self._quantization or ""),
             device=profile.device,
             num_threads=num_threads,
             engine=ENGINE,
-            key=speed_key(self._config, self._dtype, profile.device, num_threads, ENGINE),
+            key=speed_key(self._config, self._dtype, self._quantization, profile.device, num_threads, ENGINE),
         )
         speed = None
         try:
@@ -221,3 +225,13 @@ def _instances(member: Member, other: Member | None) -> tuple[str, str]:
 def _streams(member: Member, other: Member | None) -> tuple[int, int]:
     """Another one whenever one of the two was lost and is back."""
     return member.num_streams, 0 if other is None else other.num_streams
+
+
+def _stored_quantization(checkpoint: Checkpoint) -> Quantization | None:
+    """The one of ours that is as fast as how the checkpoint's layers are stored."""
+    stored = checkpoint.quantized("layers.0.down.weight")
+    if stored is None:
+        return None
+    if stored.bits == 8:
+        return Quantization(bits=8)
+    return Quantization(bits=4, group=min((32, 64, 128), key=lambda group: abs(group - stored.group)))

@@ -8,6 +8,7 @@ This file does not know when a plan is wanted, nor how one is put into force.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,8 +19,9 @@ from tllm.cluster.membership import Member, Membership
 from tllm.cluster.status import NodeState
 from tllm.core.config import ServeConfig
 from tllm.core.errors import PlanError
-from tllm.core.types import DType
+from tllm.core.types import DType, Quantization
 from tllm.models.checkpoint import Checkpoint
+from tllm.models.slicing import layer_weights
 from tllm.models.spec import Shard
 from tllm.planner.cost import gain, predict
 from tllm.planner.plan import Plan, Prediction
@@ -35,11 +37,12 @@ class Placement:
     def __init__(
         self, checkpoint: Checkpoint, dtype: DType, *, name: str, config: ServeConfig, observe: Observer
     ) -> None:
+        quantization = config.model.quantization
         self._config = config
         self._observe = observe
-        self.model = model_profile(checkpoint, dtype, name)
+        self.model = model_profile(checkpoint, dtype, quantization, name)
         self.load = Load(streams=config.streams, max_batch_tokens=config.model.max_batch_tokens)
-        self.measurements = Measurements(checkpoint, dtype, config.deadlines)
+        self.measurements = Measurements(checkpoint, dtype, quantization, config.deadlines)
         self._considered: Plan | None = None  # the newest, in force or not
 
     async def plan(self, membership: Membership) -> Plan:
@@ -111,13 +114,14 @@ class Placement:
         return next((line.partition(": ")[2] for line in dropped if line.startswith(f"{name}:")), "")
 
 
-def model_profile(checkpoint: Checkpoint, dtype: DType, name: str) -> ModelProfile:
-    """What the planner needs of a checkpoint: exact bytes from its headers, in the dtype it is served in."""
+def model_profile(checkpoint: Checkpoint, dtype: DType, quantization: Quantization | None, name: str) -> ModelProfile:
+    """What the planner needs of a checkpoint: exact bytes from its headers, in the form it is served in."""
     spec = checkpoint.spec
+    num_weights = sum(math.prod(weight.shape) for weight in layer_weights(spec, 0))
 
     def num_bytes(first_layer: int, last_layer: int, *, embed: bool = False, head: bool = False) -> int:
         shard = Shard(first_layer=first_layer, last_layer=last_layer, embed=embed, head=head)
-        return checkpoint.weight_bytes(shard, dtype)
+        return checkpoint.weight_bytes(shard, dtype, quantization)
 
     return ModelProfile(
         name=name,
@@ -127,4 +131,5 @@ def model_profile(checkpoint: Checkpoint, dtype: DType, name: str) -> ModelProfi
         tied=spec.tied,
         kv_bytes_per_position=spec.kv_bytes_per_position(1, dtype),
         hidden_bytes=spec.hidden_size * dtype.num_bytes,
+        bytes_per_weight=num_bytes(0, 1) / num_weights,
     )

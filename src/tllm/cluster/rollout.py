@@ -226,6 +226,7 @@ class Rollout:
             host=host if listens else "",
             engine=ENGINE,
             max_positions=self._config.max_model_len or 0,
+            quantization=str(self._config.quantization or ""),
             sources=sources,
         )
 

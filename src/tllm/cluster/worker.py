@@ -31,7 +31,7 @@ from tllm.cluster.measure import measure_speed, to_message
 from tllm.cluster.stage import run_stage
 from tllm.core.config import Deadlines, join_address
 from tllm.core.errors import ConfigError, EngineError, TllmError, TransportError
-from tllm.core.types import DType
+from tllm.core.types import DType, Quantization
 from tllm.engines.base import Engine, EngineConfig
 from tllm.models.checkpoint import Checkpoint
 from tllm.models.spec import Shard
@@ -287,6 +287,7 @@ def engine_config(load: pb.Load, shard: Shard) -> EngineConfig:
     return EngineConfig(
         shard=shard,
         dtype=DType(load.dtype),
+        quantization=Quantization.parse(load.quantization) if load.quantization else None,
         device=load.device,
         num_threads=load.num_threads or None,
         max_positions=load.max_positions or None,

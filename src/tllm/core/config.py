@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tllm.core.errors import ConfigError
-from tllm.core.types import DType
+from tllm.core.types import DType, Quantization
 
 DEFAULT_HTTP_PORT = 8022
 DEFAULT_GRPC_PORT = 25001
@@ -48,6 +48,7 @@ class ModelConfig:
     model: str = EMBEDDED_MODEL  # `embedded`, a directory, or a hub id
     served_names: tuple[str, ...] = ()
     dtype: DType | None = None
+    quantization: Quantization | None = None
     max_model_len: int | None = None
     kv_bytes: int | None = None  # per stage
     block_size: int = DEFAULT_BLOCK_SIZE

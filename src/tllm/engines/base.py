@@ -17,17 +17,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from tllm.core.types import Activation, DType, Step, StepResult
+from tllm.core.types import Activation, DType, Quantization, Step, StepResult
 from tllm.models.checkpoint import Checkpoint
 from tllm.models.spec import Shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """What an engine is made from. `dtype` is that of weights, KV and activations alike."""
+    """What an engine is made from. `dtype` is that of KV and activations, and of weights that are not quantized."""
 
     shard: Shard  # the first one; `Engine.reload` gives another
     dtype: DType
+    quantization: Quantization | None = None  # None: weights as the checkpoint has them
     device: str = "cpu"  # in the framework's own words: cpu, cuda, cuda:1, mps
     num_threads: int | None = None  # None leaves the framework's default
     # The longest context that is served, which decides the scaling of some rotary positions; the same on every stage of

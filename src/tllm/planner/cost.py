@@ -126,14 +126,14 @@ def predict(
 
 
 def estimated_speed(
-    model: ModelProfile, *, bytes_per_s: float, flop_per_s: float, weight_bytes: int, step_s: float = ESTIMATED_STEP_S
+    model: ModelProfile, *, bytes_per_s: float, flop_per_s: float, step_s: float = ESTIMATED_STEP_S
 ) -> Speed:
-    """What memory and arithmetic allow at best, where nothing was measured. `weight_bytes` of one weight."""
+    """What memory and arithmetic allow at best, where nothing was measured."""
     rows = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
     layer_bytes = sum(model.layer_bytes) / model.num_layers
 
     def seconds(num_bytes: float) -> tuple[float, ...]:
-        flop = 2 * num_bytes / weight_bytes  # a multiplication and an addition for every weight and row
+        flop = 2 * num_bytes / model.bytes_per_weight  # a multiplication and an addition for every weight and row
         return tuple(max(num_bytes / bytes_per_s, num_rows * flop / flop_per_s) for num_rows in rows)
 
     return Speed(rows=rows, layer_s=seconds(layer_bytes), head_s=seconds(model.head_bytes), step_s=step_s)

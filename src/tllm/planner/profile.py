@@ -70,7 +70,7 @@ class NodeProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelProfile:
-    """Bytes of one model in the dtype it will be served in.
+    """Bytes of one model in the form it will be served in.
 
     `layer_bytes[i]` are held and, in a decode step, read by whoever has layer `i`. The embedding is held by the first
     stage, which reads a row of it a token. The head (final norm and output projection) is held and read by the last;
@@ -83,6 +83,7 @@ class ModelProfile:
     head_bytes: int
     tied: bool
     kv_bytes_per_position: int  # of one layer
+    bytes_per_weight: float = 2.0  # of a layer, on average
     hidden_bytes: int = 0  # of one row of hidden states; 0: not known, and then neither links nor activations count it
 
     @property

@@ -1068,6 +1068,7 @@ class Measure(_message.Message):
     NUM_THREADS_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     config: _builtins.str
     """JSON: the model's config.json"""
     dtype: _builtins.str
@@ -1077,6 +1078,8 @@ class Measure(_message.Message):
     engine: _builtins.str
     key: _builtins.str
     """names device, dtype and model shape: what a cached answer is found by"""
+    quantization: _builtins.str
+    """int8, int4, ...; empty: none"""
     def __init__(
         self,
         *,
@@ -1086,10 +1089,11 @@ class Measure(_message.Message):
         num_threads: _builtins.int = ...,
         engine: _builtins.str = ...,
         key: _builtins.str = ...,
+        quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "device", b"device", "dtype", b"dtype", "engine", b"engine", "key", b"key", "num_threads", b"num_threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "device", b"device", "dtype", b"dtype", "engine", b"engine", "key", b"key", "num_threads", b"num_threads", "quantization", b"quantization"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1286,6 +1290,7 @@ class Load(_message.Message):
     PORT_FIELD_NUMBER: _builtins.int
     FETCHED_BYTES_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """directory, hub id, or "embedded"; what the worker gets may be a file of the shard store"""
     fingerprint: _builtins.str
@@ -1310,6 +1315,8 @@ class Load(_message.Message):
     """that came over the network for it; put in by the agent"""
     number: _builtins.int
     """of the order; the answer carries it"""
+    quantization: _builtins.str
+    """of weights that are stored plain: int8, int4, ...; empty: they stay so"""
     @_builtins.property
     def cpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """pin to these, when given"""
@@ -1343,10 +1350,11 @@ class Load(_message.Message):
         port: _builtins.int = ...,
         fetched_bytes: _builtins.int = ...,
         number: _builtins.int = ...,
+        quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "device", b"device", "dtype", b"dtype", "embed", b"embed", "engine", b"engine", "fetched_bytes", b"fetched_bytes", "fingerprint", b"fingerprint", "first_layer", b"first_layer", "head", b"head", "host", b"host", "identity", b"identity", "last_layer", b"last_layer", "max_positions", b"max_positions", "model", b"model", "num_threads", b"num_threads", "number", b"number", "port", b"port", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpus", b"cpus", "device", b"device", "dtype", b"dtype", "embed", b"embed", "engine", b"engine", "fetched_bytes", b"fetched_bytes", "fingerprint", b"fingerprint", "first_layer", b"first_layer", "head", b"head", "host", b"host", "identity", b"identity", "last_layer", b"last_layer", "max_positions", b"max_positions", "model", b"model", "num_threads", b"num_threads", "number", b"number", "port", b"port", "quantization", b"quantization", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

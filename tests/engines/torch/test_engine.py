@@ -15,7 +15,7 @@ from tllm.core.errors import ConfigError, EngineError
 from tllm.core.types import Activation, DType, Epoch, Scored, Step, StepId, StepResult
 from tllm.engines.base import EngineConfig
 from tllm.engines.torch import engine as engine_module
-from tllm.engines.torch import loader
+from tllm.engines.torch import linears
 from tllm.engines.torch.attention import matmul
 from tllm.engines.torch.engine import TorchEngine
 from tllm.models.checkpoint import Checkpoint
@@ -109,7 +109,7 @@ def test_the_kernels_of_other_devices_give_the_same_answers(
     fast = whole(checkpoint)
     (expected,) = fast.run([part]).scored
     monkeypatch.setattr(engine_module, "kernel_for", lambda device: matmul)
-    monkeypatch.setattr(loader, "can_pack", lambda device, dtype: False)
+    monkeypatch.setattr(linears, "can_pack", lambda device, dtype: False)
     plain = whole(checkpoint)
     (got,) = plain.run([part]).scored
     for a, b in zip(got.scores, expected.scores, strict=True):

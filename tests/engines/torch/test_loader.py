@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from tllm.core.errors import EngineError, ModelError
 from tllm.core.types import DType
 from tllm.engines.base import EngineConfig
-from tllm.engines.torch import loader
+from tllm.engines.torch import linears, reading
 from tllm.engines.torch.engine import TorchEngine
+from tllm.engines.torch.kernels import build
+from tllm.engines.torch.linear import Table
 from tllm.engines.torch.loader import load_weights
 from tllm.models.checkpoint import Checkpoint
 from tllm.models.spec import Shard
@@ -33,13 +35,18 @@ def stored(directory: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def table(embedding: Table, num_rows: int = 259) -> torch.Tensor:
+    return embedding.rows(torch.arange(num_rows))
+
+
 def identity(linear: object, num_inputs: int, dtype: torch.dtype) -> torch.Tensor:
     """The weight of a linear, read off its answers."""
     with torch.inference_mode():
         return linear(torch.eye(num_inputs, dtype=dtype)).t()  # type: ignore[operator,no-any-return]
 
 
-@pytest.mark.parametrize("pack_bytes", [1 << 20, 5000], ids=["whole", "in runs of rows"])
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("run_bytes", [1 << 20, 5000], ids=["whole", "in runs of rows"])
 @pytest.mark.parametrize("staging_bytes", [1 << 20, 1000], ids=["at once", "bit by bit"])
 @pytest.mark.parametrize("file_dtype", [DType.FLOAT32, DType.BFLOAT16, DType.FLOAT16])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -47,16 +54,19 @@ def test_weights_are_those_of_the_files(
     family: str,
     file_dtype: DType,
     staging_bytes: int,
-    pack_bytes: int,
+    run_bytes: int,
+    kernels: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loader, "_STAGING_BYTES", staging_bytes)
-    monkeypatch.setattr(loader, "PACK_BYTES", pack_bytes)
+    monkeypatch.setattr(reading, "_STAGING_BYTES", staging_bytes)
+    monkeypatch.setattr(reading, "_RUN_BYTES", run_bytes)
+    monkeypatch.setattr(linears, "PACK_BYTES", run_bytes)
     checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path, family, dtype=file_dtype, layers=2))
     shard = Shard(first_layer=0, last_layer=2, embed=True, head=True)
     with torch.inference_mode():
-        weights = load_weights(checkpoint, shard, DType.FLOAT32, CPU, ignore)
+        library = build.library() if kernels else None
+        weights = load_weights(checkpoint, shard, DType.FLOAT32, CPU, ignore, library=library)
     files = stored(tmp_path)
     layer = weights.layers[1]
     width, inner = checkpoint.spec.hidden_size, checkpoint.spec.intermediate_size
@@ -66,11 +76,11 @@ def test_weights_are_those_of_the_files(
         names = [f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv"]
         expected_qkv = torch.cat([files[name] for name in names]).float()
         expected_down = files["model.layers.1.mlp.down_proj.weight"].float()
-        assert torch.equal(weights.embed, files["model.embed_tokens.weight"].float())
+        assert torch.equal(table(weights.embed), files["model.embed_tokens.weight"].float())
     else:
         expected_qkv = files["transformer.h.1.attn.c_attn.weight"].float().t()
         expected_down = files["transformer.h.1.mlp.c_proj.weight"].float().t()
-        assert torch.equal(weights.embed, files["transformer.wte.weight"].float())
+        assert torch.equal(table(weights.embed), files["transformer.wte.weight"].float())
         bias = files["transformer.h.1.attn.c_attn.bias"].float()
         with torch.inference_mode():
             assert torch.allclose(layer.qkv(zero)[0], bias)
@@ -94,18 +104,18 @@ def test_a_stage_needs_only_the_files_that_hold_its_slices(tmp_path: Path) -> No
 
 def test_tied_embeddings_are_held_once_where_both_ends_are_and_on_both_ends_where_not(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path, tied=True, layers=2))
-    table = 4 * checkpoint.spec.vocab_size * checkpoint.spec.hidden_size
+    table_bytes = 4 * checkpoint.spec.vocab_size * checkpoint.spec.hidden_size
     sizes = {
         name: [load_weights(checkpoint, s, DType.FLOAT32, CPU, ignore).num_bytes for s in cut(2, stages)]
         for name, stages in (("one", (2,)), ("two", (1, 1)))
     }
-    assert sum(sizes["two"]) == sizes["one"][0] + table
+    assert sum(sizes["two"]) == sizes["one"][0] + table_bytes
     (whole,) = cut(2, (2,))
     weights = load_weights(checkpoint, whole, DType.FLOAT32, CPU, ignore)
     assert weights.embed is not None
     assert weights.head is not None
     with torch.inference_mode():
-        assert torch.allclose(weights.head(torch.eye(checkpoint.spec.hidden_size)), weights.embed.t(), atol=1e-6)
+        assert torch.allclose(weights.head(torch.eye(checkpoint.spec.hidden_size)), table(weights.embed).t(), atol=1e-6)
 
 
 def test_a_stage_in_the_middle_has_no_ends(tmp_path: Path) -> None:

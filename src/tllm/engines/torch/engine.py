@@ -22,9 +22,13 @@ from tllm.engines.packing import BlockLedger, PackedChunk, PackedStep, pack
 from tllm.engines.torch import sampler
 from tllm.engines.torch.attention import kernel_for
 from tllm.engines.torch.decoder import Decoder, DecoderWeights
+from tllm.engines.torch.kernels import build as kernels
+from tllm.engines.torch.kernels.attention import KernelSelfAttention
 from tllm.engines.torch.kv import KVCache
-from tllm.engines.torch.loader import TORCH_DTYPES, keep, load_weights, missing, no_weights
+from tllm.engines.torch.loader import keep, load_weights, missing, no_weights
 from tllm.engines.torch.memory import free_bytes, give_back
+from tllm.engines.torch.reading import TORCH_DTYPES
+from tllm.engines.torch.self_attention import SelfAttention, TorchSelfAttention
 from tllm.models.checkpoint import Checkpoint
 from tllm.models.slicing import weight_bytes
 from tllm.models.spec import LearnedPositions, ModelSpec, Shard
@@ -41,6 +45,7 @@ class TorchEngine:
         self._shard = config.shard
         self._device = _device(config.device)
         self._dtype = TORCH_DTYPES[config.dtype]
+        self._library = kernels.library() if self._device.type == "cpu" else None
         self._spec: ModelSpec | None = None
         self._fingerprint = ""
         self._weights: DecoderWeights | None = None
@@ -61,6 +66,8 @@ class TorchEngine:
             raise EngineError(
                 f"{self._max_positions} positions were asked for, but the model learned {spec.positions.num_positions}"
             )
+        if self._config.quantization is not None:
+            checkpoint.check_quantization(self._config.quantization)
         self._fingerprint = checkpoint.fingerprint
         self._become(checkpoint, self._shard, no_weights(spec), progress)
 
@@ -81,14 +88,29 @@ class TorchEngine:
         self, checkpoint: Checkpoint, shard: Shard, kept: DecoderWeights, progress: Callable[[int, int], None]
     ) -> None:
         wanted = missing(checkpoint, shard, kept)
-        needed, free = weight_bytes(wanted, self._config.dtype), self.free_bytes()
+        needed = weight_bytes(wanted, self._config.dtype, self._config.quantization)
+        free = self.free_bytes()
         if needed > free:
             raise EngineError(f"the shard's weights take {needed} bytes, but {self._device} has {free} left")
         with torch.inference_mode(), _as_engine_errors():
-            weights = load_weights(checkpoint, shard, self._config.dtype, self._device, progress, kept)
-            decoder = Decoder(checkpoint.spec, weights, self._device, kernel_for(self._device), self._max_positions)
+            weights = load_weights(
+                checkpoint,
+                shard,
+                self._config.dtype,
+                self._device,
+                progress,
+                quantization=self._config.quantization,
+                kept=kept,
+                library=self._library,
+            )
+            decoder = Decoder(checkpoint.spec, weights, self._attention(checkpoint.spec, shard), self._device)
         self._spec, self._shard, self._weights, self._decoder = checkpoint.spec, shard, weights, decoder
         self._read_bytes += sum(piece.num_bytes for piece in wanted)
+
+    def _attention(self, spec: ModelSpec, shard: Shard) -> SelfAttention:
+        if self._library is not None:
+            return KernelSelfAttention(spec, shard.layers, self._library, self._max_positions)
+        return TorchSelfAttention(spec, shard.layers, self._device, kernel_for(self._device), self._max_positions)
 
     def free_bytes(self) -> int:
         return free_bytes(self._device)

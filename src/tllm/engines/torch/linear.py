@@ -17,12 +17,16 @@ Shapes: M rows, N outputs, K inputs. This file does not know models, files or wh
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, assert_never
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from tllm.engines.torch.norm import Norm
+from tllm.models.spec import ActivationKind
 
 # One oneDNN weight holds at most that many bytes: packing needs the plain weight beside the packed one, and a larger
 # matrix is packed a run of rows at a time.
@@ -30,21 +34,100 @@ PACK_BYTES = 48 << 20
 
 
 class Linear(Protocol):
-    """One weight (N, K) and perhaps a bias (N,)."""
+    """One weight (N, K) and perhaps a bias (N,), with what a decoder does right before and after it."""
 
     @property
     def num_bytes(self) -> int:
         """Memory of weight and bias."""
 
-    def __call__(self, x_MK: Tensor) -> Tensor:
-        """(M, N), a new tensor."""
+    def __call__(self, x_MK: Tensor, norm: Norm | None = None) -> Tensor:
+        """(M, N) of the rows, normalised first if a norm is given; a new tensor."""
 
     def add(self, x_MK: Tensor, residual_MN: Tensor) -> Tensor:
         """residual + y, a new tensor."""
 
+    def activated(self, x_MK: Tensor, norm: Norm, activation: ActivationKind) -> Tensor:
+        """(M, N): the activation of y."""
 
-class PlainLinear:
-    """Row-major weight, shared with whoever else needs its rows; any device."""
+    def gated(self, x_MK: Tensor, norm: Norm, activation: ActivationKind) -> Tensor:
+        """(M, N / 2): the activation of the first half of the outputs times the second half."""
+
+    def logits(self, x_MK: Tensor, norm: Norm) -> Tensor:
+        """(M, N) in fp32."""
+
+
+class Table(Protocol):
+    """An embedding (V, M)."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def rows(self, ids_T: Tensor) -> Tensor:
+        """(T, M) in the model's type, a new tensor."""
+
+    def head(self, bias_V: Tensor | None) -> Linear:
+        """The output projection that is tied to it, of the same memory."""
+
+
+def activate(x: Tensor, activation: ActivationKind) -> Tensor:
+    """A new tensor."""
+    match activation:
+        case ActivationKind.SILU:
+            return functional.silu(x)
+        case ActivationKind.GELU:
+            return functional.gelu(x)
+        case ActivationKind.GELU_TANH:
+            return functional.gelu(x, approximate="tanh")
+        case _:
+            assert_never(activation)
+
+
+class TorchLinear(ABC):
+    """What torch computes one operation at a time."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int: ...
+
+    @abstractmethod
+    def _product(self, x_MK: Tensor) -> Tensor:
+        """x W^T + b, a new tensor."""
+
+    def __call__(self, x_MK: Tensor, norm: Norm | None = None) -> Tensor:
+        return self._product(x_MK if norm is None else norm(x_MK))
+
+    def add(self, x_MK: Tensor, residual_MN: Tensor) -> Tensor:
+        return self._product(x_MK).add_(residual_MN)
+
+    def activated(self, x_MK: Tensor, norm: Norm, activation: ActivationKind) -> Tensor:
+        return activate(self._product(norm(x_MK)), activation)
+
+    def gated(self, x_MK: Tensor, norm: Norm, activation: ActivationKind) -> Tensor:
+        gate_MI, up_MI = self._product(norm(x_MK)).chunk(2, dim=1)
+        return activate(gate_MI, activation).mul_(up_MI)
+
+    def logits(self, x_MK: Tensor, norm: Norm) -> Tensor:
+        return self._product(norm(x_MK)).float()
+
+
+class SideBySide(TorchLinear):
+    """Linears of the same inputs as one, and a bias for all."""
+
+    def __init__(self, parts: Sequence[TorchLinear], bias_N: Tensor | None) -> None:
+        self._parts = tuple(parts)
+        self._bias_N = bias_N
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self._parts) + (0 if self._bias_N is None else self._bias_N.nbytes)
+
+    def _product(self, x_MK: Tensor) -> Tensor:
+        y_MN = torch.cat([part(x_MK) for part in self._parts], dim=1)
+        return y_MN if self._bias_N is None else y_MN.add_(self._bias_N)
+
+
+class PlainLinear(TorchLinear):
+    """Row-major weight whose rows can be read too; any device."""
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> None:
         self._weight_NK = weight_NK
@@ -57,7 +140,13 @@ class PlainLinear:
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self._weight_NK, self._bias_N) if t is not None)
 
-    def __call__(self, x_MK: Tensor) -> Tensor:
+    def rows(self, ids_T: Tensor) -> Tensor:
+        return functional.embedding(ids_T, self._weight_NK)
+
+    def head(self, bias_V: Tensor | None) -> Linear:
+        return self if bias_V is None else PlainLinear(self._weight_NK, bias_V)
+
+    def _product(self, x_MK: Tensor) -> Tensor:
         if self._row_by_dot and x_MK.shape[0] == 1:
             enabled = torch._C._get_mkldnn_enabled()
             torch._C._set_mkldnn_enabled(False)
@@ -67,11 +156,8 @@ class PlainLinear:
                 torch._C._set_mkldnn_enabled(enabled)
         return functional.linear(x_MK, self._weight_NK, self._bias_N)
 
-    def add(self, x_MK: Tensor, residual_MN: Tensor) -> Tensor:
-        return self(x_MK).add_(residual_MN)
 
-
-class PackedLinear:
+class PackedLinear(TorchLinear):
     """Weight in oneDNN's layout, in runs of rows; CPU only. Sums and bias are in fp32, rounded once."""
 
     def __init__(
@@ -86,7 +172,7 @@ class PackedLinear:
     def num_bytes(self) -> int:
         return self._num_bytes
 
-    def __call__(self, x_MK: Tensor) -> Tensor:
+    def _product(self, x_MK: Tensor) -> Tensor:
         parts = [_linear(x_MK, w, b, "none", [], "") for w, b in zip(self._packed, self._biases, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
