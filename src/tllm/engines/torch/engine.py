@@ -24,6 +24,7 @@ from tllm.engines.torch.attention import kernel_for
 from tllm.engines.torch.decoder import Decoder, DecoderWeights
 from tllm.engines.torch.kernels import build as kernels
 from tllm.engines.torch.kernels.attention import KernelSelfAttention
+from tllm.engines.torch.kernels.rows import KernelRows
 from tllm.engines.torch.kv import KVCache
 from tllm.engines.torch.loader import keep, load_weights, missing, no_weights
 from tllm.engines.torch.memory import free_bytes, give_back
@@ -46,6 +47,7 @@ class TorchEngine:
         self._device = _device(config.device)
         self._dtype = TORCH_DTYPES[config.dtype]
         self._library = kernels.library() if self._device.type == "cpu" else None
+        self._kernel_rows = None if self._library is None else KernelRows(self._library)
         self._spec: ModelSpec | None = None
         self._fingerprint = ""
         self._weights: DecoderWeights | None = None
@@ -196,7 +198,8 @@ class TorchEngine:
             rows = torch.tensor([chunk.rows[-1] for chunk in sampling], device=self._device)
             states = [chunk.chunk.sampling for chunk in sampling if chunk.chunk.sampling is not None]
             logits_RV = self._decoder.logits(x_TM.index_select(0, rows))
-            sampled, not_sampled = sampler.sample(logits_RV, states, [chunk.chunk.seq for chunk in sampling])
+            seqs = [chunk.chunk.seq for chunk in sampling]
+            sampled, not_sampled = sampler.sample(logits_RV, states, seqs, self._kernel_rows)
             failed += not_sampled
         return StepResult(
             step=step.id, epoch=step.epoch, sampled=tuple(sampled), scored=tuple(scored), failed=tuple(failed)
@@ -210,7 +213,7 @@ class TorchEngine:
         for first in range(0, len(targets), _ROWS_SCORED_AT_ONCE):
             some = targets[first : first + _ROWS_SCORED_AT_ONCE]
             rows = x_TM.narrow(0, chunk.first_row + first, len(some))
-            scores.extend(sampler.score(self._decoder.logits(rows), some, top))
+            scores.extend(sampler.score(self._decoder.logits(rows), some, top, self._kernel_rows))
         return Scored(seq=chunk.chunk.seq, start=chunk.start, scores=tuple(scores))
 
     def _check_hidden(self, hidden: Activation | None, shape: tuple[int, int]) -> None:

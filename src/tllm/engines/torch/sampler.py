@@ -1,9 +1,10 @@
 """Sampling from torch logits: the definition in `engines/sampling`, brought to where the logits are.
 
-On the host that definition is the code: numpy reads the rows in place. A row on an accelerator is not moved; the
-device narrows it to the few tokens that can win, and the host decides among them. Where those turn out not to suffice
-(a very flat distribution, equal logits at the edge), the whole row is moved. Hence every token is exactly the one
-that the definition chooses, whatever the device, its libraries' last bits, and the other rows.
+On the host that definition is the code: numpy reads the rows in place, or kernels of ours narrow them first. A row on
+an accelerator is not moved; the device narrows it to the few tokens that can win, and the host decides among them.
+Where those turn out not to suffice (a very flat distribution, equal logits at the edge), the whole row is looked at.
+Hence every token is exactly the one that the definition chooses, whatever the device, its libraries' last bits, and
+the other rows.
 
 Shapes: B rows to sample, R rows to score, V vocabulary, F rows with filters, P rows without, K tokens that may win.
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from tllm.core.errors import EngineError
 from tllm.core.types import Sampled, SamplingState, Score, SequenceFailed, SequenceId, TokenId
 from tllm.engines import sampling
+from tllm.engines.torch.kernels.rows import KernelRows
 
 # Rows whose noise is computed at a time: 32 rows of 128k int64 are 32 MB for each intermediate result.
 _ROWS_AT_A_TIME = 32
@@ -31,23 +33,27 @@ _NUM_SPARE = 16
 
 
 def sample(
-    logits_BV: Tensor, states: Sequence[SamplingState], seqs: Sequence[SequenceId]
+    logits_BV: Tensor, states: Sequence[SamplingState], seqs: Sequence[SequenceId], kernels: KernelRows | None = None
 ) -> tuple[list[Sampled], list[SequenceFailed]]:
     """Choose one token per row; both lists are in row order. `logits_BV` is float32 and is not written to.
 
     A row that cannot be sampled (its logits are not finite, every token is masked, its state names an id outside the
-    vocabulary) fails alone. Raises nothing for what is in the rows or the states.
+    vocabulary) fails alone. Raises nothing for what is in the rows or the states. `kernels` are for the host alone.
     """
     assert logits_BV.dtype == torch.float32, logits_BV.dtype
     assert len(logits_BV) == len(states) == len(seqs)
     logits_BV = _placed(logits_BV)
-    choose = choose_on_host if logits_BV.device.type == "cpu" else choose_on_device
-    outcomes = choose(logits_BV, states)
+    if logits_BV.device.type != "cpu":
+        outcomes = choose_on_device(logits_BV, states)
+    elif kernels is not None:
+        outcomes = kernels.choose(logits_BV.numpy(), states)
+    else:
+        outcomes = choose_on_host(logits_BV, states)
 
     chosen = {row: outcome for row, outcome in enumerate(outcomes) if not isinstance(outcome, EngineError)}
     tops = {row: top for row in chosen if (top := states[row].params.logprobs) is not None}
     targets = [chosen[row] for row in tops]
-    scores = dict(zip(tops, _score_rows(logits_BV, list(tops), targets, list(tops.values())), strict=True))
+    scores = dict(zip(tops, _score_rows(logits_BV, list(tops), targets, list(tops.values()), kernels), strict=True))
 
     sampled, failed = [], []
     for row, (seq, outcome) in enumerate(zip(seqs, outcomes, strict=True)):
@@ -60,7 +66,9 @@ def sample(
     return sampled, failed
 
 
-def score(logits_RV: Tensor, targets: Sequence[TokenId], top: int) -> tuple[Score, ...]:
+def score(
+    logits_RV: Tensor, targets: Sequence[TokenId], top: int, kernels: KernelRows | None = None
+) -> tuple[Score, ...]:
     """Log-probabilities of `targets[i]` and of the `top` best tokens in row `i`; rows beyond the targets are unread.
 
     Raises EngineError when a row is not finite or a target is outside the vocabulary.
@@ -68,7 +76,7 @@ def score(logits_RV: Tensor, targets: Sequence[TokenId], top: int) -> tuple[Scor
     assert logits_RV.dtype == torch.float32, logits_RV.dtype
     assert len(targets) <= len(logits_RV)
     rows = list(range(len(targets)))
-    return tuple(_score_rows(_placed(logits_RV), rows, targets, [top] * len(targets)))
+    return tuple(_score_rows(_placed(logits_RV), rows, targets, [top] * len(targets), kernels))
 
 
 def _placed(logits: Tensor) -> Tensor:
@@ -254,9 +262,17 @@ def _temperatures(rows: Sequence[int], states: Sequence[SamplingState], device: 
 # Scoring ----------------------------------------------------------------------------------------------------------
 
 
-def _score_rows(logits_RV: Tensor, rows: Sequence[int], targets: Sequence[TokenId], tops: Sequence[int]) -> list[Score]:
+def _score_rows(
+    logits_RV: Tensor,
+    rows: Sequence[int],
+    targets: Sequence[TokenId],
+    tops: Sequence[int],
+    kernels: KernelRows | None,
+) -> list[Score]:
     if logits_RV.device.type == "cpu":
         logits = logits_RV.numpy()
+        if kernels is not None:
+            return kernels.score([logits[row] for row in rows], targets, tops)
         return [sampling.score(logits[row], target, top) for row, target, top in zip(rows, targets, tops, strict=True)]
     return score_on_device(logits_RV, rows, targets, tops)
 

@@ -112,8 +112,8 @@ class Served:
 def heads(spec: ModelSpec, qkv_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (T, H, D), keys and values (T, K, D)."""
     x = qkv_TE.view(len(qkv_TE), -1, spec.head_dim)
-    q, k, v = x.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
-    return q, k, v
+    first_value = spec.num_heads + spec.num_kv_heads
+    return x[:, : spec.num_heads], x[:, spec.num_heads : first_value], x[:, first_value:]
 
 
 def prepared(spec: ModelSpec, x_THD: Tensor, positions_T: Tensor, norm: RMSNorm | None) -> Tensor:

@@ -18,9 +18,10 @@
 namespace {
 
 constexpr int64_t MAX_BLOCK_STEPS = 128;    // of one panel: 32 KB
+constexpr int64_t SCALES_STEPS = 32;        // whose scales a single pass widens at once, while it fetches the next ones
 constexpr int64_t MAX_ROWS = 256;           // prepared and summed at a time
-constexpr double REGION_S = 5e-6;           // a parallel region must be worth it,
-constexpr double THREAD_BYTES_PER_S = 25e9, THREAD_STEPS_PER_S = 1.5e9;  // by what one thread does
+constexpr double REGION_S = 5e-6;           // what one thread does in less, it does alone:
+constexpr double THREAD_BYTES_PER_S = 25e9, THREAD_VECTORS_PER_S = 6e9;  // reads; multiplies
 
 thread_local Scratch shared_scratch, own_scratch;
 
@@ -31,9 +32,11 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 
 int64_t element_bytes(int32_t format) { return format == FORMAT_F32 ? 4 : format == FORMAT_BF16 ? 2 : 1; }
 
-// Inputs of a block: a panel's part of it is 32 KB (16 KB in F16 and U4), and groups are whole.
-int64_t block_inputs(const Preparation& p) {
-    const int64_t inputs = 512 / element_bytes(p.format);
+// Inputs of a block. A single pass has no blocks. Of two passes the first waits for memory and the second does not: blocks
+// of 8 KB even that out. More passes compute longer than memory takes: 32 KB (F16 and U4 half as much). Groups are whole.
+int64_t block_inputs(const Preparation& p, int64_t num_inputs, int64_t rows) {
+    if (rows <= MAX_TILE_ROWS) return round_up(num_inputs, 16);
+    const int64_t inputs = (rows <= 2 * MAX_TILE_ROWS ? 128 : 512) / element_bytes(p.format);
     return p.format == FORMAT_GROUPED_S8 ? (inputs / p.group > 1 ? inputs / p.group : 1) * p.group : inputs;
 }
 
@@ -59,7 +62,7 @@ Prepared place(const Preparation& p, int64_t num_inputs, int64_t rows, uint8_t* 
     q.rows = rows;
     q.inputs = round_up(num_inputs, 16);
     q.bytes = element_bytes(p.format);
-    q.block = rows <= MAX_TILE_ROWS ? q.inputs : block_inputs(p);  // a single pass has no blocks
+    q.block = block_inputs(p, num_inputs, rows);
     q.groups = reinterpret_cast<GroupOfX*>(memory + round_up(rows * q.inputs * q.bytes, 64));
     q.num_groups = p.format == FORMAT_S8 ? 1 : p.format == FORMAT_GROUPED_S8 ? num_inputs / p.group : 0;
     return q;
@@ -267,7 +270,8 @@ void multiply(const Linear& linear, const Part& part, const Prepared& x, int64_t
 
     int64_t block_steps = smaller(steps, x.block / step_inputs(kind));
     if (is_grouped(kind)) {  // a block's scales are widened at once
-        block_steps = smaller(block_steps, MAX_BLOCK_STEPS / tile.group_steps * tile.group_steps);
+        const int64_t most = num_tiles == 1 ? SCALES_STEPS : MAX_BLOCK_STEPS;
+        block_steps = smaller(block_steps, most / tile.group_steps * tile.group_steps);
         if (block_steps == 0) block_steps = tile.group_steps;
     }
     for (int64_t first = 0; first < steps; first += block_steps) {
@@ -483,8 +487,8 @@ void run_rows(const Job& job, int64_t row, int64_t rows) {
 
     int threads = omp_get_max_threads();
     if (threads > Shares::MAX_THREADS) threads = Shares::MAX_THREADS;
-    const double alone_s = linear.num_bytes / THREAD_BYTES_PER_S +
-                           (double)linear.num_bytes / STEP_BYTES * 4 * rows / (THREAD_STEPS_PER_S * 4);
+    const double alone_s =
+        linear.num_bytes / THREAD_BYTES_PER_S + linear.num_bytes / 64.0 * rows / THREAD_VECTORS_PER_S;
     if (threads > 1 && alone_s < REGION_S) threads = 1;
     // A single row is prepared by every thread for itself: cheaper than waiting for each other.
     const bool apart = rows == 1 || threads == 1;

@@ -11,10 +11,7 @@ constexpr int vectors_at_once(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 :
 #endif
 
 // What a tile fetches while it computes: lines of `at`, so many for every four steps, or what comes AHEAD in its own stream.
-#ifndef AHEADB
-#define AHEADB 8192
-#endif
-constexpr int64_t AHEAD_BYTES = AHEADB;
+constexpr int64_t AHEAD_BYTES = 8192;
 struct Fetch {
     const uint8_t* at;
     int64_t lines;

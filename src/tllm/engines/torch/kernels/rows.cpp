@@ -55,7 +55,7 @@ template <class F> INLINE void each(const float* values, int64_t first, int64_t 
 }
 
 // e^x to 1e-15 for x <= 0; 0 below -700. No NaN comes here.
-INLINE f64x8 exp(f64x8 x) {
+INLINE f64x8 exp_wide(f64x8 x) {
     constexpr double shift = 0x1.8p52;
     i64x8 vanishes = x < -700.0;
     x = (f64x8)((i64x8)x & ~vanishes);
@@ -102,10 +102,11 @@ void find_peak(const float* values, int64_t size, float* block_peaks, Answer& an
 
 double sum_weights(const float* values, int64_t size, float peak, double temperature) {
     f64x8 total = {};
+    double inverse_temperature = 1 / temperature;
     each(values, 0, size, -__builtin_inff(), [&](f32x16 x, int64_t) {
         for (int i = 0; i < 2; ++i) {
             f64x8 wide = __builtin_convertvector((part_of<f32x16, f32x8>(x, i)), f64x8);
-            total += exp((wide - (double)peak) / temperature);
+            total += exp_wide((wide - (double)peak) * inverse_temperature);
         }
     });
     double result = 0;

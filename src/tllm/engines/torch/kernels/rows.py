@@ -52,7 +52,7 @@ _ANSWER = np.dtype(
 class _Wanted:
     """What is asked of a row."""
 
-    values_V: sampling.Values  # contiguous
+    values: sampling.Values  # (V,), contiguous
     temperature: float = 1.0
     keys: tuple[int, int] = (0, 0)
     num_leading: int = 0
@@ -77,9 +77,7 @@ class KernelRows:
         self._narrow_rows.restype = None
         self._narrow_rows.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int64)
 
-    def choose(
-        self, logits_BV: NDArray[np.float32], states: Sequence[SamplingState]
-    ) -> list[TokenId | EngineError]:
+    def choose(self, logits_BV: NDArray[np.float32], states: Sequence[SamplingState]) -> list[TokenId | EngineError]:
         """What `sampling.sample` chooses for each row, or the reason why it does not."""
         values: dict[int, sampling.Values] = {}
         outcomes: dict[int, TokenId | EngineError] = {}
@@ -105,12 +103,12 @@ class KernelRows:
     ) -> list[Score]:
         """What `sampling.score` says of each row, up to the last bits of a logarithm. Raises EngineError as it does."""
         wanted = [
-            _Wanted(values_V=np.ascontiguousarray(logits_V), num_leading=top, mass=True)
+            _Wanted(values=np.ascontiguousarray(logits_V), num_leading=top, mass=True)
             for logits_V, top in zip(logits_RV, tops, strict=True)
         ]
         scores = []
         for want, narrowed, target, top in zip(wanted, self._narrow(wanted), targets, tops, strict=True):
-            logits_V = want.values_V
+            logits_V = want.values
             if narrowed.leading is None or not np.isfinite(narrowed.peak) or not 0 <= target < len(logits_V):
                 scores.append(sampling.score(logits_V, target, top))
                 continue
@@ -131,7 +129,7 @@ class KernelRows:
         requests = np.array(
             [
                 (
-                    want.values_V.ctypes.data,
+                    want.values.ctypes.data,
                     want.temperature,
                     want.keys,
                     want.num_leading,
@@ -149,7 +147,7 @@ class KernelRows:
             requests.ctypes.data,
             answers.ctypes.data,
             len(wanted),
-            len(wanted[0].values_V),
+            len(wanted[0].values),
             leading.ctypes.data,
             _ROOM,
             contenders.ctypes.data,
@@ -172,14 +170,12 @@ class KernelRows:
 def _wanted(values_V: sampling.Values, state: SamplingState) -> _Wanted:
     params = state.params
     if params.temperature == 0:
-        return _Wanted(values_V=values_V)
+        return _Wanted(values=values_V)
     if not sampling.is_filtered(params):
         keys = sampling.noise_keys(params.seed, state.position)
-        return _Wanted(
-            values_V=values_V, temperature=params.temperature, keys=keys, num_contenders=_NUM_CONTENDERS
-        )
+        return _Wanted(values=values_V, temperature=params.temperature, keys=keys, num_contenders=_NUM_CONTENDERS)
     return _Wanted(
-        values_V=values_V,
+        values=values_V,
         temperature=params.temperature,
         num_leading=params.top_k or _NUM_LEADING,
         mass=sampling.needs_mass(params),
