@@ -2,7 +2,7 @@
 # make test   every test
 # make check  what CI runs: format, lint, types, import rules, tests
 # make serve  the server, left up
-.PHONY: demo test serve check lint fix bench bench-plan soak proto setup clean
+.PHONY: demo test serve check lint fix bench bench-cpu bench-plan soak proto setup clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -36,6 +36,16 @@ bench: $(READY) .bench/llama-3.2-1b
 	$(BIN)/tllm bench latency .bench/llama-3.2-1b --pipeline --tokens 32 --streams 64
 	$(BIN)/python scripts/bench_hop.py
 	$(BIN)/python scripts/bench_scheduler.py
+
+# Kernels and formats beside the memory's speed and llama.cpp, which is first compiled here: half an hour when quiet.
+# PEER is the Python that has it; ARGS are for the program, such as "--only decode-int8 --turns 9".
+PEER ?= $(BIN)/python
+bench-cpu: $(VENV)/.bench .bench/llama-3.2-1b .bench/qwen3-0.6b
+	$(BIN)/python -m scripts.bench_cpu --peer-python $(PEER) $(ARGS)
+
+$(VENV)/.bench: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,dev,bench]'
+	touch $@
 
 # Ten minutes in which a cluster is broken 200 times under load. Linux, as root.
 soak: $(READY)

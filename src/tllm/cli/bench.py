@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,21 +11,21 @@ import typer
 
 from tllm.cli import options
 from tllm.core.config import EMBEDDED_MODEL
-from tllm.core.types import DType
+from tllm.core.types import DType, Quantization
 
 if TYPE_CHECKING:
+    from tllm.lab.accuracy import Divergence
+    from tllm.lab.inside import Part
     from tllm.lab.latency import Series
     from tllm.lab.server import Server
     from tllm.lab.system import ChildSystem, Decode, Prefill
 
 _BUS = "the memory bus"  # reading a step's bytes and doing nothing with them
+_FORMS = ("int8", "int4-g32", "int4", "int4-g128")
 
-app = typer.Typer(help="Measure speeds beside the hardware's limits.", no_args_is_help=True)
-
-
-@app.callback()
-def bench() -> None:
-    """Keeps `latency` a verb of its own while it is the only one."""
+app = typer.Typer(
+    help="Measure speeds beside the hardware's limits, and what weights of fewer bits cost.", no_args_is_help=True
+)
 
 
 @app.command()
@@ -35,12 +36,14 @@ def latency(
     tokens: Annotated[int, typer.Option(help="Decoded in every turn.")] = 16,
     turns: Annotated[int, typer.Option(help="Counted ones, after one to warm up.")] = 5,
     against: Annotated[str | None, typer.Option(help="A peer measured in turns: transformers.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Where the time of a decode step goes.")] = False,
     http: Annotated[bool, typer.Option("--http", help="Also one stream through the API, in turns.")] = False,
     pipeline: Annotated[
         bool, typer.Option("--pipeline", help="Also two one-core workers against one, --streams requests at once.")
     ] = False,
     streams: Annotated[int, typer.Option(help="Requests at once for --pipeline.")] = 16,
     dtype: options.ModelDType = None,
+    quantize: options.Quantize = None,
     threads: options.Threads = None,
     log_level: options.Log = options.LogLevel.ERROR,
 ) -> None:
@@ -48,7 +51,6 @@ def latency(
     options.set_up_logging(log_level)
     from rich.console import Console
 
-    from tllm.cluster.head import model_profile
     from tllm.cluster.machine import num_processors
     from tllm.core.units import format_bytes
     from tllm.lab.latency import in_turns, stream_rate
@@ -57,36 +59,45 @@ def latency(
     from tllm.models.checkpoint import Checkpoint
     from tllm.models.repository import resolve_model
 
-    arguments = [model, *(["--dtype", dtype] if dtype else [])]
+    quantization = options.quantization(quantize)
+    arguments = [model, *(["--dtype", dtype] if dtype else []), *(["--quantize", quantize] if quantize else [])]
     console = Console(highlight=False, soft_wrap=True, markup=False)
     num_threads = threads or num_processors()
     directory = resolve_model(model)
     checkpoint = Checkpoint.open(directory)
     served_dtype = dtype or checkpoint.dtype
-    profile = model_profile(checkpoint, served_dtype, model)
-    step_bytes = profile.read_bytes(0, profile.num_layers)
-    kv_bytes = profile.kv_bytes_per_position * profile.num_layers * (context + tokens // 2)
-    names = ["tllm"] + ([against] if against else [])
+    spec = checkpoint.spec
+    kv_bytes = spec.kv_bytes_per_position(spec.num_layers, served_dtype) * (context + tokens // 2)
     with ExitStack() as stack:
-        systems = [stack.enter_context(ChildSystem(name, directory, served_dtype, num_threads)) for name in names]
+        engine = stack.enter_context(ChildSystem("tllm", directory, served_dtype, num_threads, quantization))
+        peers = [stack.enter_context(ChildSystem(against, directory, served_dtype, num_threads))] if against else []
+        step_bytes = engine.step_bytes()
         console.print(
-            f"{model}: {served_dtype}, {num_threads} threads; a decode step reads {format_bytes(step_bytes + kv_bytes)}"
+            f"{model}: {quantization or served_dtype}, {num_threads} threads; "
+            f"a decode step reads {format_bytes(step_bytes + kv_bytes)}"
         )
 
         def bus() -> float:
-            return systems[0].bandwidth(num_threads) / (step_bytes + kv_bytes)
+            return engine.bandwidth(num_threads) / (step_bytes + kv_bytes)
 
         request = Decode(batch=1, context=context, num_steps=tokens)
         decode = in_turns(
-            [*((system.name, _decode_rate(system, request)) for system in systems), (_BUS, bus)], num_turns=turns
+            [*((system.name, _decode_rate(system, request)) for system in (engine, *peers)), (_BUS, bus)],
+            num_turns=turns,
         )
         _print_lines(console.print, f"decode, batch 1, after {context} tokens [tokens/s]", decode)
         prompt = Prefill(num_tokens=prompt_tokens)
-        prefill = in_turns([(system.name, _prefill_rate(system, prompt)) for system in systems], num_turns=turns)
+        prefill = in_turns(
+            [(system.name, _prefill_rate(system, prompt)) for system in (engine, *peers)], num_turns=turns
+        )
         _print_lines(console.print, f"prefill of {prompt_tokens} tokens [tokens/s]", prefill)
+        if profile:
+            bandwidth = engine.bandwidth(num_threads)
+            parts = engine.profile(Decode(batch=1, context=context, num_steps=tokens * turns))
+            console.print("\n" + "\n".join(_profile_lines(parts, bandwidth)))
         if http:
             server = stack.enter_context(serving([*arguments, "--threads", str(num_threads)]))
-            engine, ids = systems[0], [7 * at % 256 for at in range(context)]
+            ids = [7 * at % 256 for at in range(context)]
             series = in_turns(
                 [
                     ("through HTTP", lambda: stream_rate(server.url, server.model, prompt=ids, num_tokens=tokens + 1)),
@@ -96,9 +107,39 @@ def latency(
                 num_turns=turns,
             )
             _print_lines(console.print, "one stream [tokens/s]", series)
+            through, alone, _ = series
+            outside_s = [1 / one - 1 / other for one, other in zip(through.rates, alone.rates, strict=True)]
+            console.print(
+                f"  a token takes {1e3 / through.median:.3g} ms, "
+                f"of them outside of the engine {1e3 * statistics.median(outside_s):.3g} ms"
+            )
     if pipeline:
         series = _pipeline(arguments, step_bytes, context=context, tokens=tokens, streams=streams, turns=turns)
         _print_lines(console.print, f"{streams} streams together [tokens/s]", series)
+
+
+@app.command()
+def accuracy(
+    model: options.Model = EMBEDDED_MODEL,
+    threads: options.Threads = None,
+    log_level: options.Log = options.LogLevel.ERROR,
+) -> None:
+    """What weights of fewer bits do to a model's answers: every form beside the checkpoint's own."""
+    options.set_up_logging(log_level)
+    from tllm.lab.accuracy import divergence, engine_logits, lines, texts_of
+    from tllm.models.checkpoint import Checkpoint
+    from tllm.models.repository import resolve_model
+
+    directory = resolve_model(model)
+    dtype, texts = Checkpoint.open(directory).dtype, texts_of(directory)
+    plain = list(engine_logits(directory, texts, dtype=dtype, num_threads=threads))
+
+    def measured(form: str) -> tuple[str, str, Divergence]:
+        quantization = Quantization.parse(form)
+        logits = engine_logits(directory, texts, dtype=dtype, quantization=quantization, num_threads=threads)
+        return form, dtype.value, divergence(plain, list(logits))
+
+    print("\n".join(lines([measured(form) for form in _FORMS])))
 
 
 def _pipeline(
@@ -123,7 +164,7 @@ def _pipeline(
                 return aggregate_rate(server.url, server.model, prompt=ids, num_tokens=tokens, num_streams=streams)
 
             lines.append((f"{workers} one-core worker{'s' * (workers != '1')}", measure))
-        reader = stack.enter_context(ChildSystem("tllm", resolve_model(EMBEDDED_MODEL), DType.BFLOAT16, 2))
+        reader = stack.enter_context(ChildSystem("memory", resolve_model(EMBEDDED_MODEL), DType.BFLOAT16, 2))
         lines.append(("bus for two cores", lambda: reader.bandwidth(2) / step_bytes * streams / 2))
         lines.append(("bus for one core", lambda: reader.bandwidth(1) / step_bytes * streams))
         return in_turns(lines, num_turns=turns)
@@ -148,3 +189,19 @@ def _print_lines(say: Callable[[str], None], title: str, series: Sequence[Series
             f"  {line.name:<18} {line.median:9.2f}   ({min(line.rates):.2f} .. {max(line.rates):.2f}, "
             f"{len(line.rates)} turns){share}{ratio if line is not bus else ''}"
         )
+
+
+def _profile_lines(parts: Sequence[Part], bandwidth: float) -> Iterator[str]:
+    """A step's time by kind of operation, and for those that read much, how near to the memory's speed they do."""
+    total_s, total_bytes = sum(part.seconds for part in parts), sum(part.num_bytes for part in parts)
+    yield f"a decode step   [plain reads: {bandwidth / 1e9:.1f} GB/s]"
+    yield f"  {'':<22}{'ms':>9}{'of the step':>13}{'MB read':>10}{'GB/s':>8}{'of the bus':>12}"
+    for name, seconds, num_bytes in (
+        *((part.name, part.seconds, part.num_bytes) for part in parts),
+        ("the step", total_s, total_bytes),
+    ):
+        reading = ""
+        if num_bytes:
+            speed = num_bytes / seconds
+            reading = f"{num_bytes / 1e6:>10.1f}{speed / 1e9:>8.1f}{speed / bandwidth:>12.0%}"
+        yield f"  {name:<22}{seconds * 1e3:>9.3f}{seconds / total_s:>13.1%}{reading}"

@@ -69,6 +69,12 @@ def stream_rate(url: str, model: str, *, prompt: Sequence[int], num_tokens: int)
     return (num_tokens - 1) / (stream.last_s - stream.first_s)
 
 
+def prefill_rate(url: str, model: str, *, prompt: Sequence[int]) -> float:
+    """Tokens of the prompt over the seconds from the request to the first token. The prompt should be new to it."""
+    stream = _stream(url, model, prompt, 1)
+    return len(prompt) / (stream.last_s - stream.asked_s)
+
+
 def aggregate_rate(url: str, model: str, *, prompt: Sequence[int], num_tokens: int, num_streams: int) -> float:
     """Tokens per second of all streams together, from the first request to the last token, prefill included.
 

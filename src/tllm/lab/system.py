@@ -1,10 +1,14 @@
 """A system under test in a process of its own, so that several can be loaded and measured in turns.
 
     parent ──{"prefill": {...}}──▶ child
-           ◀──{"seconds": ...}────
+           ◀──{"value": ...}──────
 
-`python -m tllm.lab.system NAME MODEL DTYPE THREADS` reads one JSON request a line and answers each with one line.
-NAME is `tllm`, the torch engine alone, or `transformers`, the peer that everybody has.
+`python -m tllm.lab.system NAME MODEL DTYPE QUANTIZATION THREADS` reads one JSON request a line and answers each with
+one line. NAME is `tllm`, the torch engine alone, or `transformers`, the peer that everybody has; `memory` has no model
+and measures what the machine allows. `scripts/llama_child.py` is another such child. One that is not asked anything
+waits for its next line and takes neither processor nor memory bandwidth.
+
+A context is computed when it is first asked for and kept: a turn decodes the same positions anew.
 
 This file does not know HTTP, nor what the figures are compared with.
 """
@@ -16,11 +20,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from tllm.cluster.process import worker_environment
 from tllm.core.errors import EngineError
@@ -29,6 +33,7 @@ from tllm.core.types import (
     Chunk,
     DType,
     Epoch,
+    Quantization,
     SamplingParams,
     SamplingState,
     SequenceId,
@@ -37,15 +42,21 @@ from tllm.core.types import (
     StepResult,
     TokenId,
 )
-from tllm.engines.base import Engine, EngineConfig
+from tllm.engines.base import EngineConfig
 from tllm.models.checkpoint import Checkpoint
 from tllm.models.spec import Shard
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from tllm.engines.torch.engine import TorchEngine
+    from tllm.lab.inside import Part
+
 _BLOCK_SIZE = 64
+_CHUNK = 512  # tokens of a prompt that are computed at a time
 _BANDWIDTH_BYTES = 1 << 30  # far beyond any cache
+_BUFFER_BYTES = 4 << 20
+_PLAIN = "plain"  # weights as the checkpoint has them
 _GREEDY = SamplingParams(temperature=0.0, max_tokens=1)
 
 
@@ -66,7 +77,7 @@ class Prefill:
 
 
 class System(Protocol):
-    """What both systems can do; seconds of wall time."""
+    """What all systems can do; seconds of wall time."""
 
     def prefill(self, request: Prefill) -> float: ...
 
@@ -76,34 +87,79 @@ class System(Protocol):
 class TllmSystem:
     """The torch engine with the whole model as one shard, fed with steps by hand."""
 
-    def __init__(self, model: Path, dtype: DType, num_threads: int) -> None:
-        from tllm.engines.torch.engine import TorchEngine
-
-        checkpoint = Checkpoint.open(model)
-        self._vocab_size = checkpoint.spec.vocab_size
-        shard = Shard(first_layer=0, last_layer=checkpoint.spec.num_layers, embed=True, head=True)
-        self._engine: Engine = TorchEngine(EngineConfig(shard=shard, dtype=dtype, num_threads=num_threads))
-        self._engine.load(checkpoint, lambda done, total: None)
+    def __init__(self, model: Path, dtype: DType, quantization: Quantization | None, num_threads: int) -> None:
+        self._checkpoint = Checkpoint.open(model)
+        self._vocab_size = self._checkpoint.spec.vocab_size
+        shard = Shard(first_layer=0, last_layer=self._checkpoint.spec.num_layers, embed=True, head=True)
+        self._config = EngineConfig(shard=shard, dtype=dtype, quantization=quantization, num_threads=num_threads)
+        self._engine = self._loaded()
         self._num_steps = 0
+        self._held: tuple[int, int, int] | None = None  # sequences, positions of each, positions there is room for
 
     def prefill(self, request: Prefill) -> float:
+        self._held = None
         self._allocate(1, request.num_tokens)
         began_s = time.perf_counter()
-        self._step([self._chunk(0, 0, request.num_tokens, request.num_tokens)])
+        self._prompt(0, request.num_tokens, request.num_tokens)
         return time.perf_counter() - began_s
 
     def decode(self, request: Decode) -> float:
-        total = request.context + request.num_steps + 1
-        self._allocate(request.batch, total)
-        for seq in range(request.batch):
-            self._step([self._chunk(seq, 0, request.context, total)])
+        total = self._hold(request)
         began_s = time.perf_counter()
         for position in range(request.context, request.context + request.num_steps):
             self._step([self._chunk(seq, position, 1, total) for seq in range(request.batch)])
         return time.perf_counter() - began_s
 
+    def load_again(self) -> float:
+        """Seconds that loading takes, into memory of its own."""
+        began_s = time.perf_counter()
+        engine = self._loaded()
+        seconds = time.perf_counter() - began_s
+        engine.close()
+        return seconds
+
+    def step_bytes(self) -> int:
+        """Weights that one step reads, in the form they are held in."""
+        from tllm.lab.inside import step_bytes
+
+        return step_bytes(self._engine)
+
+    def profile(self, request: Decode) -> list[Part]:
+        """Where the time of a step goes, by the medians of `num_steps` steps."""
+        from tllm.lab.inside import profiled
+
+        total = self._hold(request)
+        steps = range(request.context, request.context + request.num_steps)
+        with profiled(self._engine, request.context + request.num_steps // 2) as profile:
+            for position in steps:
+                chunks = [self._chunk(seq, position, 1, total) for seq in range(request.batch)]
+                with profile.step():
+                    self._step(chunks)
+        return profile.parts()
+
+    def _loaded(self) -> TorchEngine:
+        from tllm.engines.torch.engine import TorchEngine
+
+        engine = TorchEngine(self._config)
+        engine.load(self._checkpoint, lambda done, total: None)
+        return engine
+
+    def _hold(self, request: Decode) -> int:
+        """The context of every sequence is in the KV afterwards; positions there is room for."""
+        total = request.context + request.num_steps + 1
+        if self._held != (request.batch, request.context, total):
+            self._allocate(request.batch, total)
+            for seq in range(request.batch):
+                self._prompt(seq, request.context, total)
+            self._held = (request.batch, request.context, total)
+        return total
+
     def _allocate(self, num_sequences: int, num_positions: int) -> None:
         self._engine.allocate(num_sequences * -(-num_positions // _BLOCK_SIZE), _BLOCK_SIZE)
+
+    def _prompt(self, seq: int, num_tokens: int, num_positions: int) -> None:
+        for start in range(0, num_tokens, _CHUNK):
+            self._step([self._chunk(seq, start, min(_CHUNK, num_tokens - start), num_positions)])
 
     def _chunk(self, seq: int, start: int, num_tokens: int, num_positions: int) -> Chunk:
         num_blocks = -(-num_positions // _BLOCK_SIZE)
@@ -136,6 +192,7 @@ class TransformersSystem:
         self._torch = torch
         self._model = AutoModelForCausalLM.from_pretrained(str(model), dtype=getattr(torch, dtype))
         self._vocab_size = self._model.config.vocab_size
+        self._held: tuple[int, int] | None = None  # sequences and positions of each in the cache
 
     def prefill(self, request: Prefill) -> float:
         with self._torch.inference_mode():
@@ -146,11 +203,17 @@ class TransformersSystem:
 
     def decode(self, request: Decode) -> float:
         with self._torch.inference_mode():
-            output = self._model(self._ids(request.batch, request.context), use_cache=True, logits_to_keep=1)
+            if self._held != (request.batch, request.context):
+                ids = self._ids(request.batch, request.context)
+                self._cache = self._model(ids, use_cache=True, logits_to_keep=1).past_key_values
+                self._held = (request.batch, request.context)
+            if surplus := self._cache.get_seq_length() - request.context:
+                self._cache.crop(-surplus)
+            ids = self._ids(request.batch, 1)
             began_s = time.perf_counter()
             for _ in range(request.num_steps):
+                output = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
                 ids = output.logits[:, -1:].argmax(-1)
-                output = self._model(ids, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
             return time.perf_counter() - began_s
 
     def _ids(self, batch: int, num_tokens: int):  # type: ignore[no-untyped-def]
@@ -161,11 +224,11 @@ class TransformersSystem:
 
 def read_bandwidth(num_threads: int) -> float:
     """Bytes per second at which this machine's memory can be read by so many threads: the best of ten passes, since a
-    limit is what nothing disturbed."""
+    limit is what nothing disturbed. Summing integers costs less than a core's reads; loads alone are no faster."""
     import torch
 
     torch.set_num_threads(num_threads)
-    data = torch.ones(_BANDWIDTH_BYTES // 4)
+    data = torch.ones(_BANDWIDTH_BYTES // 8, dtype=torch.int64)
     seconds = []
     for _ in range(10):
         began_s = time.perf_counter()
@@ -174,29 +237,40 @@ def read_bandwidth(num_threads: int) -> float:
     return _BANDWIDTH_BYTES / min(seconds)
 
 
-_SYSTEMS: dict[str, Callable[[Path, DType, int], System]] = {
-    "tllm": TllmSystem,
-    "transformers": TransformersSystem,
-}
+def read_files(paths: Sequence[str], *, keep: bool) -> float:
+    """Seconds that it takes to read the files' bytes one after another: each file into new memory, as whoever wants to
+    keep them must, or all into one small buffer."""
+    import numpy as np
+
+    began_s = time.perf_counter()
+    buffer = memoryview(bytearray(_BUFFER_BYTES))
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            if keep:
+                left = memoryview(np.empty(os.path.getsize(path), dtype=np.uint8).data)
+                while left:
+                    left = left[file.readinto(left) :]
+            else:
+                while file.readinto(buffer):
+                    pass
+    return time.perf_counter() - began_s
 
 
-class ChildSystem:
-    """The parent's end: the same methods, each carried out by the child."""
+class Child:
+    """The parent's end of a child that runs the command: one method a request."""
 
-    def __init__(self, name: str, model: Path, dtype: DType, num_threads: int) -> None:
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
         self.name = name
-        command = [sys.executable, "-m", "tllm.lab.system", name, str(model), dtype, str(num_threads)]
-        environment = worker_environment(num_threads) if name == "tllm" else dict(os.environ)
         with ExitStack() as stack:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
             )
             self._process = stack.enter_context(process)
             stack.callback(self._process.kill)
-            self._ask("load", {})
+            self.ask("load")
             self._stack = stack.pop_all()
 
-    def __enter__(self) -> ChildSystem:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -205,43 +279,91 @@ class ChildSystem:
         self._stack.close()
 
     def prefill(self, request: Prefill) -> float:
-        return self._ask("prefill", {"num_tokens": request.num_tokens})
+        return float(self.ask("prefill", **asdict(request)))
 
     def decode(self, request: Decode) -> float:
-        return self._ask("decode", {"batch": request.batch, "context": request.context, "num_steps": request.num_steps})
+        return float(self.ask("decode", **asdict(request)))
 
-    def bandwidth(self, num_threads: int) -> float:
-        return self._ask("bandwidth", {"num_threads": num_threads})
-
-    def _ask(self, what: str, request: dict[str, int]) -> float:
+    def ask(self, what: str, **request: Any) -> Any:
+        """What the child answers. Raises EngineError when it ended instead."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(json.dumps({what: request}), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
+        try:
+            print(json.dumps({what: request}), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
         if not line:
-            raise EngineError(f"{self.name} ended while it was asked to {what}; see its messages above.")
-        return float(json.loads(line)["value"])
+            code = self._process.wait()
+            raise EngineError(f"{self.name} ended with {code} while it was asked to {what}; see its messages above.")
+        return json.loads(line)["value"]
+
+
+class ChildSystem(Child):
+    """`tllm`, `transformers` or `memory`."""
+
+    def __init__(
+        self, name: str, model: Path, dtype: DType, num_threads: int, quantization: Quantization | None = None
+    ) -> None:
+        form = str(quantization) if quantization else _PLAIN
+        command = [sys.executable, "-m", "tllm.lab.system", name, str(model), dtype, form, str(num_threads)]
+        environment = worker_environment(num_threads) if name == "tllm" else dict(os.environ)
+        super().__init__(name, command, environment)
+
+    def bandwidth(self, num_threads: int) -> float:
+        return float(self.ask("bandwidth", num_threads=num_threads))
+
+    def load_again(self) -> float:
+        return float(self.ask("load_again"))
+
+    def step_bytes(self) -> int:
+        return int(self.ask("step_bytes"))
+
+    def profile(self, request: Decode) -> list[Part]:
+        from tllm.lab.inside import Part
+
+        return [Part(**part) for part in self.ask("profile", **asdict(request))]
 
 
 def main() -> None:
     """The child: load, answer `load`, then one line for one line until stdin ends."""
-    name, model, dtype, num_threads = sys.argv[1:]
+    name, model, dtype, form, threads = sys.argv[1:]
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print; the parent reads only answers
-    system = _SYSTEMS[name](Path(model), DType(dtype), int(num_threads))
+    num_threads = int(threads)
+    system: System | None
+    match name:
+        case "tllm":
+            quantization = None if form == _PLAIN else Quantization.parse(form)
+            system = TllmSystem(Path(model), DType(dtype), quantization, num_threads)
+        case "transformers":
+            system = TransformersSystem(Path(model), DType(dtype), num_threads)
+        case "memory":
+            system = None
+        case _:
+            raise ValueError(f"there is no system {name!r}")
     for line in sys.stdin:
         ((what, request),) = json.loads(line).items()
-        match what:
-            case "load":
+        value: object
+        match what, system:
+            case "load", _:
                 value = 0.0
-            case "prefill":
-                value = system.prefill(Prefill(**request))
-            case "decode":
-                value = system.decode(Decode(**request))
-            case "bandwidth":
+            case "bandwidth", _:
                 value = read_bandwidth(**request)
+            case "read_files", _:
+                value = read_files(**request)
+            case "prefill", TllmSystem() | TransformersSystem():
+                value = system.prefill(Prefill(**request))
+            case "decode", TllmSystem() | TransformersSystem():
+                value = system.decode(Decode(**request))
+            case "load_again", TllmSystem():
+                value = system.load_again()
+            case "step_bytes", TllmSystem():
+                value = system.step_bytes()
+            case "profile", TllmSystem():
+                value = [asdict(part) for part in system.profile(Decode(**request))]
             case _:
-                raise ValueError(f"there is no measurement {what!r}")
+                raise ValueError(f"{name} has no measurement {what!r}")
         print(json.dumps({"value": value}), file=answers)
 
 
