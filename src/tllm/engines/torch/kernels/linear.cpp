@@ -1,8 +1,8 @@
 // The product of rows and a linear, with the norm before it and what comes after it, in one parallel region.
 //
-// Rows are prepared first, once for each format that the parts need: normalised, rounded to the model's type, then kept as
-// f32 or bf16 or quantized to s8 with one scale per row or per group. Then every thread takes panels. Within a panel K is
-// cut in blocks that stay in the nearest cache while all rows pass, and each block's passes fetch the block after it.
+// Rows are prepared first, once for each format that the parts need: normalised, rounded to the model's type, then kept
+// as f32 or bf16 or quantized to s8 with one scale per row or per group. Then every thread takes panels. Within a panel
+// K is cut in blocks that stay in the nearest cache while all rows pass, and a block's passes fetch the block after it.
 //
 //     rows of x --prepare--> [format][block of K][row][block]
 //     panels of W --tile--> sums [row][64] --finish--> rows of y
@@ -32,8 +32,9 @@ int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / mult
 
 int64_t element_bytes(int32_t format) { return format == FORMAT_F32 ? 4 : format == FORMAT_BF16 ? 2 : 1; }
 
-// Inputs of a block. A single pass has no blocks. Of two passes the first waits for memory and the second does not: blocks
-// of 8 KB even that out. More passes compute longer than memory takes: 32 KB (F16 and U4 half as much). Groups are whole.
+// Inputs of a block. A single pass has no blocks. Of two passes the first waits for memory and the second does not:
+// blocks of 8 KB even that out. More passes compute longer than memory takes: 32 KB (F16 and U4 half as much). Groups
+// are whole.
 int64_t block_inputs(const Preparation& p, int64_t num_inputs, int64_t rows) {
     if (rows <= MAX_TILE_ROWS) return round_up(num_inputs, 16);
     const int64_t inputs = (rows <= 2 * MAX_TILE_ROWS ? 128 : 512) / element_bytes(p.format);
@@ -280,9 +281,10 @@ void multiply(const Linear& linear, const Part& part, const Prepared& x, int64_t
             const int64_t first_group = first / tile.group_steps, num_groups = count / tile.group_steps;
             const int64_t at = (panel * x.num_groups + first_group) * PANEL;
             widen_scales(part.scale, part.scale_type, at, num_groups * PANEL, scales);
-            if (part.offset) widen_scales(part.offset, part.scale_type, at, num_groups * PANEL, scales + num_groups * PANEL);
+            float* offsets = part.offset ? scales + num_groups * PANEL : nullptr;
+            if (part.offset) widen_scales(part.offset, part.scale_type, at, num_groups * PANEL, offsets);
             tile.scale = scales;
-            tile.offset = part.offset ? scales + num_groups * PANEL : nullptr;
+            tile.offset = offsets;
             tile.x_groups = x.groups + first_group;
         }
         tile.weight = weight + first * STEP_BYTES;
@@ -355,8 +357,8 @@ void finish(const Job& job, int64_t row, int64_t rows, int64_t column, int64_t w
             const float* bias, const float* ups, const float* up_bias) {
     for (int64_t r = 0; r < rows; ++r) {
         T* out = reinterpret_cast<T*>(job.out + (row + r) * job.out_stride) + column;
-        const T* residual =
-            job.residual ? reinterpret_cast<const T*>(job.residual + (row + r) * job.residual_stride) + column : nullptr;
+        const T* residual = nullptr;
+        if (job.residual) residual = reinterpret_cast<const T*>(job.residual + (row + r) * job.residual_stride) + column;
         for (int64_t i = 0; i < width; i += 16) {
             const int n = width - i < 16 ? (int)(width - i) : 16;
             f32x16 y = load(sums + PANEL * r + i);
@@ -387,7 +389,8 @@ void finish(const Job& job, int64_t row, int64_t rows, int64_t column, int64_t w
 
 // ---- who computes which panel
 
-// Every thread starts with a run of neighbours, so that memory is read in sequence; who is done takes from the others' ends.
+// Every thread starts with a run of neighbours, so that memory is read in sequence; who is done takes from the others'
+// ends.
 class Shares {
   public:
     static constexpr int MAX_THREADS = 256;

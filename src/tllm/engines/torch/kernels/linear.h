@@ -1,11 +1,13 @@
 // A linear y = x W^T + b whose weight is laid out for the processor, and what its sources share.
 //
-// A weight (N, K) is cut in panels of 64 outputs, four vectors of 16 lanes; N and K are filled up with zeros. A panel is a
-// sequence of steps along K of 256 bytes each, so that a product reads memory from one end to the other:
+// A weight (N, K) is cut in panels of 64 outputs, four vectors of 16 lanes; N and K are filled up with zeros. A panel is
+// a sequence of steps along K of 256 bytes each, so that a product reads memory from one end to the other:
 //
-//     F32   1 input   [4][16]       f32                U8, GROUPED_U8    4 inputs  [4][16][4]  codes
-//     F16   2 inputs  [2][4][16]    f16                U4, GROUPED_U4    8 inputs  [4][16][4]  bytes, of which the low half
-//     BF16  2 inputs  [4][16][2]    bf16                                           is input i, the high half input 4 + i
+//     F32               1 input   [4][16]      f32
+//     F16               2 inputs  [2][4][16]   f16
+//     BF16              2 inputs  [4][16][2]   bf16
+//     U8, GROUPED_U8    4 inputs  [4][16][4]   codes
+//     U4, GROUPED_U4    8 inputs  [4][16][4]   bytes: the low half is input i, the high half input 4 + i
 //
 // value[n, k] = scale[n, g] * code + offset[n, g], g = k / group; without offsets code - 128 (or - 8) takes the code's
 // place. Scales and offsets are [panel][group][64]; U8 and U4 have one group, their sums stay integers to the end.

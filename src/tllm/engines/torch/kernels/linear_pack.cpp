@@ -104,10 +104,10 @@ void pack_plain(const Part& part, const Lanes& lanes, const Source& source) {
                 continue;
             }
             for (int k = 0; k < 2; ++k) {  // the pairs' firsts, then their seconds
-                u16x16 halves = __builtin_convertvector((u32x16)block[i] >> (16 * k), u16x16), old;
+                u16x16 halves = low_halves((u32x16)block[i] >> (16 * k)), old;
                 if (!lanes.whole()) {
                     memcpy(&old, p + 128 * k, 32);
-                    u16x16 kept = __builtin_convertvector((u32x16)mask, u16x16);
+                    u16x16 kept = low_halves((u32x16)mask);
                     halves = (halves & kept) | (old & ~kept);
                 }
                 memcpy(p + 128 * k, &halves, 32);
@@ -138,8 +138,8 @@ void fours_of_codes(const uint8_t* codes, int64_t num_inputs, const Lanes& lanes
         for (int lane = 0; lane < 16; ++lane)
             if (lanes.has(lane)) {
                 const int64_t left = num_inputs - 4 * w;
-                if (left > 0)
-                    memcpy(&block[lane], codes + (lanes.first + lane - lanes.from) * num_inputs + 4 * w, left < 64 ? left : 64);
+                const uint8_t* row = codes + (lanes.first + lane - lanes.from) * num_inputs;
+                if (left > 0) memcpy(&block[lane], row + 4 * w, left < 64 ? left : 64);
             }
         transpose(block);
         for (int i = 0; i < 16 && w + i < num_fours(num_inputs); ++i) fours[w + i] = block[i];
@@ -153,8 +153,10 @@ void codes_of_fours(const i32x16* fours, int64_t num_inputs, const Lanes& lanes,
         transpose(block);
         const int64_t left = num_inputs - 4 * w;
         for (int lane = 0; lane < 16; ++lane)
-            if (lanes.has(lane) && left > 0)
-                memcpy(codes + (lanes.first + lane - lanes.from) * num_inputs + 4 * w, &block[lane], left < 64 ? left : 64);
+            if (lanes.has(lane) && left > 0) {
+                uint8_t* row = codes + (lanes.first + lane - lanes.from) * num_inputs;
+                memcpy(row + 4 * w, &block[lane], left < 64 ? left : 64);
+            }
     }
 }
 
@@ -356,7 +358,8 @@ template <class F> void for_lanes(int64_t from, int64_t to, F f) {
 }  // namespace
 
 // Rows `first`.. of the part from rows of floats. A quantized part quantizes them.
-extern "C" void tllm_fill(const Part* part, int64_t first, int64_t num_rows, const void* data, int64_t stride, int32_t type) {
+extern "C" void tllm_fill(const Part* part, int64_t first, int64_t num_rows, const void* data, int64_t stride,
+                          int32_t type) {
     const Source source = {static_cast<const uint8_t*>(data), stride, type};
     for_lanes(first, first + num_rows, [&](const Lanes& lanes) {
         if (part->kind <= BF16) return pack_plain(*part, lanes, source);
@@ -364,8 +367,8 @@ extern "C" void tllm_fill(const Part* part, int64_t first, int64_t num_rows, con
         uint8_t* memory = pack_scratch.get(quantize_bytes(n) + 128 * groups);
         i32x16* fours = reinterpret_cast<i32x16*>(memory + 128 * (n + 16));
         f32x16* scale = reinterpret_cast<f32x16*>(memory + quantize_bytes(n));
-        const bool bytes = step_inputs((Kind)part->kind) == 4;
-        quantize_lanes(source, lanes, n, bytes ? 8 : 4, part->group, part->scale_type, memory, fours, scale, scale + groups);
+        const int32_t bits = step_inputs((Kind)part->kind) == 4 ? 8 : 4;
+        quantize_lanes(source, lanes, n, bits, part->group, part->scale_type, memory, fours, scale, scale + groups);
         pack_fours(*part, lanes, fours);
         put_scales(*part, part->scale, lanes, scale);
         if (part->offset) put_scales(*part, part->offset, lanes, scale + groups);
@@ -415,7 +418,8 @@ extern "C" void tllm_quantize(const void* data, int64_t stride, int32_t type, in
 }
 
 // Rows of these numbers, in f32 or rounded to a type.
-extern "C" void tllm_rows(const Part* part, const int64_t* ids, int64_t num_ids, void* out, int64_t stride, int32_t type) {
+extern "C" void tllm_rows(const Part* part, const int64_t* ids, int64_t num_ids, void* out, int64_t stride,
+                          int32_t type) {
 #pragma omp parallel for schedule(static) if (num_ids > 1)
     for (int64_t i = 0; i < num_ids; ++i) {
         uint8_t* target = static_cast<uint8_t*>(out) + i * stride;

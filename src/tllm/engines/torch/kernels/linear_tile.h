@@ -10,7 +10,8 @@ constexpr int vectors_at_once(int) { return 4; }  // 24 of 32 registers for 6 ro
 constexpr int vectors_at_once(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
 
-// What a tile fetches while it computes: lines of `at`, so many for every four steps, or what comes AHEAD in its own stream.
+// What a tile fetches while it computes: lines of `at`, so many for every four steps, or what comes AHEAD in its own
+// stream.
 constexpr int64_t AHEAD_BYTES = 8192;
 struct Fetch {
     const uint8_t* at;
@@ -56,11 +57,11 @@ template <class Step, int R> void run(const Tile& tile) {
         const uint8_t* rows[R];
         for (int r = 0; r < R; ++r) {
             rows[r] = tile.x + r * tile.x_stride;
-            for (int v = 0; v < V; ++v) memcpy(&sums[r][v], tile.sums + 64 * r + 16 * (first + v), 64);
+            for (int v = 0; v < V; ++v) read(sums[r][v], tile.sums + 64 * r + 16 * (first + v));
         }
         Fetch fetch = {tile.prefetch, first == 0 ? tile.prefetches : 0};
         accumulate<Step, R, V>(sums, tile.weight + Step::vector_bytes * first, rows, tile.num_steps, fetch);
         for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) memcpy(tile.sums + 64 * r + 16 * (first + v), &sums[r][v], 64);
+            for (int v = 0; v < V; ++v) write(tile.sums + 64 * r + 16 * (first + v), sums[r][v]);
     }
 }

@@ -15,6 +15,9 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
@@ -22,7 +25,93 @@ typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint16_t u16x32 __attribute__((vector_size(64)));  // 16 pairs of bf16
 typedef uint8_t u8x64 __attribute__((vector_size(64)));    // 16 fours of codes
+
+#else
+
+// Registers are narrower. A compiler that is given vectors of 64 bytes nonetheless keeps them in memory, so they are
+// pairs of halves here: two registers of AVX2, or two pairs of two registers of 16 bytes.
+template <class T, class H> struct Pair {
+    H lo, hi;
+
+    typedef T Lane __attribute__((may_alias));
+    Lane& operator[](int i) { return reinterpret_cast<Lane*>(this)[i]; }
+    Lane operator[](int i) const { return reinterpret_cast<const Lane*>(this)[i]; }
+    // The same bits.
+    template <class U, class G> INLINE_MEMBER explicit operator Pair<U, G>() const { return {(G)lo, (G)hi}; }
+};
+template <class T> struct Scalar {  // keeps an operand from being deduced from
+    typedef T type;
+};
+
+#define LIFT(op)                                                                                               \
+    template <class T, class H> INLINE Pair<T, H> operator op(const Pair<T, H>& a, const Pair<T, H>& b) {      \
+        return {a.lo op b.lo, a.hi op b.hi};                                                                   \
+    }                                                                                                          \
+    template <class T, class H> INLINE Pair<T, H> operator op(const Pair<T, H>& a, typename Scalar<T>::type b) { \
+        return {a.lo op b, a.hi op b};                                                                         \
+    }                                                                                                          \
+    template <class T, class H> INLINE Pair<T, H> operator op(typename Scalar<T>::type a, const Pair<T, H>& b) { \
+        return {a op b.lo, a op b.hi};                                                                         \
+    }                                                                                                          \
+    template <class T, class H> INLINE Pair<T, H>& operator op##=(Pair<T, H>& a, const Pair<T, H>& b) {        \
+        return a = a op b;                                                                                     \
+    }                                                                                                          \
+    template <class T, class H> INLINE Pair<T, H>& operator op##=(Pair<T, H>& a, typename Scalar<T>::type b) { \
+        return a = a op b;                                                                                     \
+    }
+LIFT(+) LIFT(-) LIFT(*) LIFT(/) LIFT(&) LIFT(|) LIFT(^) LIFT(<<) LIFT(>>)
+#undef LIFT
+template <class M> INLINE Pair<int32_t, M> mask_of(const M& lo, const M& hi) { return {lo, hi}; }
+#define LIFT(op)                                                                                       \
+    template <class T, class H> INLINE auto operator op(const Pair<T, H>& a, const Pair<T, H>& b) {    \
+        return mask_of(a.lo op b.lo, a.hi op b.hi);                                                    \
+    }                                                                                                  \
+    template <class T, class H> INLINE auto operator op(const Pair<T, H>& a, typename Scalar<T>::type b) { \
+        return mask_of(a.lo op b, a.hi op b);                                                          \
+    }
+LIFT(<) LIFT(<=) LIFT(>) LIFT(>=) LIFT(==) LIFT(!=)
+#undef LIFT
+template <class T, class H> INLINE Pair<T, H> operator-(const Pair<T, H>& a) { return {-a.lo, -a.hi}; }
+template <class T, class H> INLINE Pair<T, H> operator~(const Pair<T, H>& a) { return {~a.lo, ~a.hi}; }
+
+#if defined(__AVX2__)
+constexpr int REGISTER = 32;
+template <class T, class Native> using Sixteen = Pair<T, Native>;
+#else
+constexpr int REGISTER = 16;
+template <class T, class Native> using Sixteen = Pair<T, Pair<T, Native>>;
+#endif
+typedef float f32n __attribute__((vector_size(REGISTER)));
+typedef int32_t i32n __attribute__((vector_size(REGISTER)));
+typedef uint32_t u32n __attribute__((vector_size(REGISTER)));
+typedef uint16_t u16n __attribute__((vector_size(REGISTER)));
+typedef uint8_t u8n __attribute__((vector_size(REGISTER)));
+typedef uint16_t u16half __attribute__((vector_size(REGISTER / 2)));  // as many lanes as u32n
+typedef Sixteen<float, f32n> f32x16;
+typedef Sixteen<int32_t, i32n> i32x16;
+typedef Sixteen<uint32_t, u32n> u32x16;
+typedef Sixteen<uint16_t, u16half> u16x16;
+typedef Sixteen<uint16_t, u16n> u16x32;  // 16 pairs of bf16
+typedef Sixteen<uint8_t, u8n> u8x64;     // 16 fours of codes
+
+#endif
+
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
+typedef int32_t i32x4 __attribute__((vector_size(16)));
+
+// Lanes from memory, and to it, whatever its alignment.
+template <class V> INLINE void read(V& x, const void* p) { memcpy(&x, p, sizeof x); }
+template <class V> INLINE void write(void* p, const V& x) { memcpy(p, &x, sizeof x); }
+#if !defined(__AVX512F__)
+template <class T, class H> INLINE void read(Pair<T, H>& x, const void* p) {
+    read(x.lo, p);
+    read(x.hi, static_cast<const char*>(p) + sizeof x.lo);
+}
+template <class T, class H> INLINE void write(void* p, const Pair<T, H>& x) {
+    write(p, x.lo);
+    write(static_cast<char*>(p) + sizeof x.lo, x.hi);
+}
+#endif
 
 // 16 bits of storage, never computed in.
 struct bf16 {
@@ -45,13 +134,33 @@ template <class Whole, class Part> INLINE void set_part(Whole& whole, int index,
 
 // ---- making, comparing, choosing
 
+#if defined(__AVX512F__)
 INLINE f32x16 broadcast(float x) { return f32x16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 INLINE i32x16 broadcast(int32_t x) { return i32x16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+INLINE i32x16 lane_numbers() { return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+#else
+#if defined(__AVX2__)
+INLINE f32n native(float x) { return f32n{x, x, x, x, x, x, x, x}; }
+INLINE i32n native(int32_t x) { return i32n{x, x, x, x, x, x, x, x}; }
+template <class T, class N> INLINE Pair<T, N> repeat(N x) { return {x, x}; }
+#else
+INLINE f32n native(float x) { return f32n{x, x, x, x}; }
+INLINE i32n native(int32_t x) { return i32n{x, x, x, x}; }
+template <class T, class N> INLINE Pair<T, Pair<T, N>> repeat(N x) { return {{x, x}, {x, x}}; }
+#endif
+INLINE f32x16 broadcast(float x) { return repeat<float>(native(x)); }
+INLINE i32x16 broadcast(int32_t x) { return repeat<int32_t>(native(x)); }
+INLINE i32x16 lane_numbers() {
+    static const int32_t numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    i32x16 x;
+    read(x, numbers);
+    return x;
+}
+#endif
 INLINE f32x16 zero() { return f32x16{}; }
 
 INLINE f32x16 bits_to_f32(u32x16 x) { return (f32x16)x; }
 INLINE u32x16 f32_to_bits(f32x16 x) { return (u32x16)x; }
-INLINE i32x16 lane_numbers() { return i32x16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
 // Lanes of `yes` where the mask (a comparison's result) is set, of `no` elsewhere.
 INLINE f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) {
@@ -76,23 +185,43 @@ INLINE f32x16 min(f32x16 a, f32x16 b) {
 INLINE f32x16 abs(f32x16 a) { return (f32x16)((i32x16)a & 0x7fffffff); }
 
 // a * b + c
-INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
 #if defined(__AVX512F__)
-    return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-    f32x16 r;
-    for (int i = 0; i < 2; ++i)
-        set_part(r, i, _mm256_fmadd_ps(part_of<f32x16, __m256>(a, i), part_of<f32x16, __m256>(b, i), part_of<f32x16, __m256>(c, i)));
-    return r;
+INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#else
+INLINE f32n fma(f32n a, f32n b, f32n c) {
+#if defined(__FMA__)
+    return (f32n)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__aarch64__)
-    f32x16 r;
-    for (int i = 0; i < 4; ++i)
-        set_part(r, i, vfmaq_f32(part_of<f32x16, float32x4_t>(c, i), part_of<f32x16, float32x4_t>(a, i), part_of<f32x16, float32x4_t>(b, i)));
-    return r;
+    return (f32n)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
     return a * b + c;
 #endif
 }
+template <class H>
+INLINE Pair<float, H> fma(const Pair<float, H>& a, const Pair<float, H>& b, const Pair<float, H>& c) {
+    return {fma(a.lo, b.lo, c.lo), fma(a.hi, b.hi, c.hi)};
+}
+#endif
+
+// Lanes converted, rather than their bits.
+#if defined(__AVX512F__)
+INLINE u32x16 to_u32(u16x16 x) { return __builtin_convertvector(x, u32x16); }
+INLINE u16x16 low_halves(u32x16 x) { return __builtin_convertvector(x, u16x16); }
+INLINE f32x16 to_f32(i32x16 x) { return __builtin_convertvector(x, f32x16); }
+#else
+INLINE u32n to_u32(u16half x) { return __builtin_convertvector(x, u32n); }
+INLINE u16half low_halves(u32n x) { return __builtin_convertvector(x, u16half); }
+INLINE f32n to_f32(i32n x) { return __builtin_convertvector(x, f32n); }
+template <class H> INLINE auto to_u32(const Pair<uint16_t, H>& x) {
+    return Pair<uint32_t, decltype(to_u32(x.lo))>{to_u32(x.lo), to_u32(x.hi)};
+}
+template <class H> INLINE auto low_halves(const Pair<uint32_t, H>& x) {
+    return Pair<uint16_t, decltype(low_halves(x.lo))>{low_halves(x.lo), low_halves(x.hi)};
+}
+template <class H> INLINE auto to_f32(const Pair<int32_t, H>& x) {
+    return Pair<float, decltype(to_f32(x.lo))>{to_f32(x.lo), to_f32(x.hi)};
+}
+#endif
 
 // ---- across lanes; the order is the same on every processor
 
@@ -123,7 +252,7 @@ INLINE float largest(f32x16 x) {
 
 // ---- memory: f32, bf16 and f16, whole or only the first n of 16 lanes (the others are zero, and are not touched)
 
-INLINE f32x16 widen(u16x16 x, bf16) { return (f32x16)(__builtin_convertvector(x, u32x16) << 16); }
+INLINE f32x16 widen(u16x16 x, bf16) { return (f32x16)(to_u32(x) << 16); }
 
 // Round to nearest even; a NaN stays one.
 INLINE u16x16 narrow(f32x16 x, bf16) {
@@ -131,22 +260,40 @@ INLINE u16x16 narrow(f32x16 x, bf16) {
     u32x16 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     u32x16 nan = (u32x16)((i32x16)(x != x));
     rounded = (rounded & ~nan) | (((u >> 16) | 0x40) & nan);
-    return __builtin_convertvector(rounded, u16x16);
+    return low_halves(rounded);
 }
+
+#if !defined(__AVX512F__) && (defined(__F16C__) || defined(__aarch64__))
+INLINE f32n widen_f16(u16half h) {
+#if defined(__F16C__) && defined(__AVX2__)
+    return (f32n)_mm256_cvtph_ps((__m128i)h);
+#else
+    return (f32n)vcvt_f32_f16((float16x4_t)h);
+#endif
+}
+INLINE u16half narrow_f16(f32n x) {
+#if defined(__F16C__) && defined(__AVX2__)
+    return (u16half)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    return (u16half)vcvt_f16_f32((float32x4_t)x);
+#endif
+}
+template <class H> INLINE auto widen_f16(const Pair<uint16_t, H>& x) {
+    return Pair<float, decltype(widen_f16(x.lo))>{widen_f16(x.lo), widen_f16(x.hi)};
+}
+template <class H> INLINE auto narrow_f16(const Pair<float, H>& x) {
+    return Pair<uint16_t, decltype(narrow_f16(x.lo))>{narrow_f16(x.lo), narrow_f16(x.hi)};
+}
+#define HAS_F16 1
+#endif
 
 INLINE f32x16 widen(u16x16 h, f16) {
 #if defined(__AVX512F__)
     return (f32x16)_mm512_cvtph_ps((__m256i)h);
-#elif defined(__F16C__)
-    f32x16 r;
-    for (int i = 0; i < 2; ++i) set_part(r, i, _mm256_cvtph_ps(part_of<u16x16, __m128i>(h, i)));
-    return r;
-#elif defined(__aarch64__)
-    f32x16 r;
-    for (int i = 0; i < 4; ++i) set_part(r, i, vcvt_f32_f16(part_of<u16x16, float16x4_t>(h, i)));
-    return r;
+#elif defined(HAS_F16)
+    return widen_f16(h);
 #else
-    u32x16 u = __builtin_convertvector(h, u32x16);
+    u32x16 u = to_u32(h);
     // The exponent's bias by a product, which also makes a subnormal half normal; infinity and NaN by their bits.
     f32x16 magnitude = (f32x16)((u & 0x7fff) << 13) * 0x1p112f;
     u32x16 special = (u32x16)((i32x16)((u & 0x7c00) == 0x7c00)) & 0x7f800000;
@@ -157,14 +304,8 @@ INLINE f32x16 widen(u16x16 h, f16) {
 INLINE u16x16 narrow(f32x16 x, f16) {
 #if defined(__AVX512F__)
     return (u16x16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__F16C__)
-    u16x16 r;
-    for (int i = 0; i < 2; ++i) set_part(r, i, _mm256_cvtps_ph(part_of<f32x16, __m256>(x, i), _MM_FROUND_TO_NEAREST_INT));
-    return r;
-#elif defined(__aarch64__)
-    u16x16 r;
-    for (int i = 0; i < 4; ++i) set_part(r, i, vcvt_f16_f32(part_of<f32x16, float32x4_t>(x, i)));
-    return r;
+#elif defined(HAS_F16)
+    return narrow_f16(x);
 #else
     u32x16 u = (u32x16)x, sign = (u >> 16) & 0x8000;
     u &= 0x7fffffff;
@@ -176,25 +317,24 @@ INLINE u16x16 narrow(f32x16 x, f16) {
     u32x16 is_nan = (u32x16)((i32x16)(u > 0x7f800000));
     u32x16 half = (small & is_small) | (normal & ~is_small);
     half = (half & ~is_large) | (is_large & 0x7c00) | (is_nan & 0x200);
-    return __builtin_convertvector(half | sign, u16x16);
+    return low_halves(half | sign);
 #endif
 }
 
 INLINE f32x16 load(const float* p) {
     f32x16 x;
-    memcpy(&x, p, 64);
+    read(x, p);
     return x;
 }
-INLINE void store(float* p, f32x16 x) { memcpy(p, &x, 64); }
+INLINE void store(float* p, f32x16 x) { write(p, x); }
 
 template <class T> INLINE f32x16 load(const T* p) {
     u16x16 x;
-    memcpy(&x, p, 32);
+    read(x, p);
     return widen(x, T{});
 }
 template <class T> INLINE void store(T* p, f32x16 x) {
-    u16x16 half = narrow(x, T{});
-    memcpy(p, &half, 32);
+    write(p, narrow(x, T{}));
 }
 
 INLINE f32x16 load(const float* p, int n) {
@@ -247,12 +387,13 @@ INLINE float to_float(f16 x) {
 INLINE void from_float(float x, float* p) { *p = x; }
 template <class T> INLINE void from_float(float x, T* p) { p->bits = narrow(broadcast(x), T{})[0]; }
 
-// A whole cache line that will not be read soon: memory is written without being read first. `settle` before others read it.
+// A whole cache line that will not be read soon: memory is written without being read first. `settle` before others
+// read it.
 INLINE void store_line(void* p, i32x16 x) {
 #if defined(__AVX512F__)
     _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)x);
 #else
-    memcpy(p, &x, 64);
+    write(p, x);
 #endif
 }
 INLINE void settle() {
@@ -272,22 +413,22 @@ INLINE i32x16 round_to_int(f32x16 x) {  // to nearest even; x within +-2^22
     return (i32x16)(x + 12582912.0f) - 0x4b400000;
 #endif
 }
-INLINE f32x16 to_f32(i32x16 x) { return __builtin_convertvector(x, f32x16); }
 // The low byte of every lane.
 INLINE u8x16 low_bytes(i32x16 x) {
 #if defined(__AVX512F__)
     return (u8x16)_mm512_cvtepi32_epi8((__m512i)x);
 #else
-    return __builtin_convertvector(x & 0xff, u8x16);
+    u8x16 bytes;
+    for (int i = 0; i < 16; ++i) bytes[i] = (uint8_t)x[i];
+    return bytes;
 #endif
 }
-INLINE i32x16 from_bytes(u8x16 x) { return __builtin_convertvector(x, i32x16); }
 
 // ---- dot products that add to an accumulator per lane
 
 INLINE u16x32 load_pairs(const bf16* p) {
     u16x32 x;
-    memcpy(&x, p, 64);
+    read(x, p);
     return x;
 }
 INLINE u16x32 broadcast_pair(const bf16* p) {  // p[0], p[1] in every pair
@@ -307,7 +448,7 @@ INLINE f32x16 dot_bf16(f32x16 acc, u16x32 a, u16x32 b) {
 
 INLINE u8x64 load_codes(const uint8_t* p) {
     u8x64 x;
-    memcpy(&x, p, 64);
+    read(x, p);
     return x;
 }
 INLINE i32x16 broadcast_four(const int8_t* p) {  // p[0..3] in every lane
@@ -315,66 +456,78 @@ INLINE i32x16 broadcast_four(const int8_t* p) {  // p[0..3] in every lane
     memcpy(&four, p, 4);
     return broadcast(four);
 }
-// acc + the four u8 of a lane times the four s8 of a lane, exactly.
-INLINE i32x16 dot_u8s8(i32x16 acc, u8x64 codes, i32x16 fours) {
+// acc + the four u8 of a lane times the four s8 of a lane, exactly; and the same for codes of at most 15.
 #if defined(__AVX512VNNI__)
+INLINE i32x16 dot_u8s8(i32x16 acc, u8x64 codes, i32x16 fours) {
     return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, (__m512i)fours);
-#elif defined(__AVXVNNI__)
-    i32x16 r;
-    for (int i = 0; i < 2; ++i)
-        set_part(r, i, _mm256_dpbusd_avx_epi32(part_of<i32x16, __m256i>(acc, i), part_of<u8x64, __m256i>(codes, i), part_of<i32x16, __m256i>(fours, i)));
-    return r;
-#elif defined(__AVX2__)
-    // Products of bytes summed in pairs of 16 bits would saturate: bytes are widened, evens and odds apart.
-    i32x16 r;
-    for (int i = 0; i < 2; ++i) {
-        __m256i w = part_of<u8x64, __m256i>(codes, i), a = part_of<i32x16, __m256i>(fours, i);
-        __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0xff)), _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8));
-        __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(a, 8));
-        set_part(r, i, _mm256_add_epi32(part_of<i32x16, __m256i>(acc, i), _mm256_add_epi32(even, odd)));
-    }
-    return r;
-#elif defined(__ARM_FEATURE_MATMUL_INT8)
-    i32x16 r;
-    for (int i = 0; i < 4; ++i)
-        set_part(r, i, vusdotq_s32(part_of<i32x16, int32x4_t>(acc, i), part_of<u8x64, uint8x16_t>(codes, i), part_of<i32x16, int8x16_t>(fours, i)));
-    return r;
-#elif defined(__ARM_FEATURE_DOTPROD)
-    // codes - 128 fits s8; 128 = 64 + 64 times the activations is added again.
-    i32x16 r;
-    for (int i = 0; i < 4; ++i) {
-        int8x16_t w = vreinterpretq_s8_u8(veorq_u8(part_of<u8x64, uint8x16_t>(codes, i), vdupq_n_u8(0x80)));
-        int8x16_t a = part_of<i32x16, int8x16_t>(fours, i);
-        int32x4_t s = vdotq_s32(part_of<i32x16, int32x4_t>(acc, i), w, a);
-        s = vdotq_s32(s, vdupq_n_s8(64), a);
-        set_part(r, i, vdotq_s32(s, vdupq_n_s8(64), a));
-    }
-    return r;
-#else
+}
+INLINE i32x16 dot_u4s8(i32x16 acc, u8x64 codes, i32x16 fours) { return dot_u8s8(acc, codes, fours); }
+#elif defined(__AVX512BW__)
+INLINE i32x16 dot_u8s8(i32x16 acc, u8x64 codes, i32x16 fours) {
+    // Sums of two products of bytes would saturate 16 bits: bytes are widened, evens and odds apart.
+    __m512i w = (__m512i)codes, a = (__m512i)fours;
+    __m512i w_even = _mm512_and_si512(w, _mm512_set1_epi16(0xff)), w_odd = _mm512_srli_epi16(w, 8);
+    __m512i a_even = _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8), a_odd = _mm512_srai_epi16(a, 8);
+    __m512i even = _mm512_madd_epi16(w_even, a_even), odd = _mm512_madd_epi16(w_odd, a_odd);
+    return acc + (i32x16)even + (i32x16)odd;
+}
+INLINE i32x16 dot_u4s8(i32x16 acc, u8x64 codes, i32x16 fours) {  // 2 * 15 * 127 fits 16 bits
+    __m512i pairs = _mm512_maddubs_epi16((__m512i)codes, (__m512i)fours);
+    return acc + (i32x16)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+}
+#elif defined(__AVX512F__)
+INLINE i32x16 dot_u8s8(i32x16 acc, u8x64 codes, i32x16 fours) {
     u32x16 w = (u32x16)codes;
     for (int i = 0; i < 4; ++i) acc += (i32x16)((w >> (8 * i)) & 0xff) * ((fours << (24 - 8 * i)) >> 24);
     return acc;
+}
+INLINE i32x16 dot_u4s8(i32x16 acc, u8x64 codes, i32x16 fours) { return dot_u8s8(acc, codes, fours); }
+#else
+INLINE i32n dot_u8s8(i32n acc, u8n codes, i32n fours) {
+#if defined(__AVXVNNI__)
+    return (i32n)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)codes, (__m256i)fours);
+#elif defined(__AVX2__)
+    // Sums of two products of bytes would saturate 16 bits: bytes are widened, evens and odds apart.
+    __m256i w = (__m256i)codes, a = (__m256i)fours;
+    __m256i w_even = _mm256_and_si256(w, _mm256_set1_epi16(0xff)), w_odd = _mm256_srli_epi16(w, 8);
+    __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), a_odd = _mm256_srai_epi16(a, 8);
+    __m256i even = _mm256_madd_epi16(w_even, a_even), odd = _mm256_madd_epi16(w_odd, a_odd);
+    return acc + (i32n)even + (i32n)odd;
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    return (i32n)vusdotq_s32((int32x4_t)acc, (uint8x16_t)codes, (int8x16_t)fours);
+#elif defined(__ARM_FEATURE_DOTPROD)
+    // codes - 128 fits s8; 128 = 64 + 64 times the activations is added again.
+    int8x16_t w = vreinterpretq_s8_u8(veorq_u8((uint8x16_t)codes, vdupq_n_u8(0x80))), a = (int8x16_t)fours;
+    int32x4_t s = vdotq_s32((int32x4_t)acc, w, a);
+    s = vdotq_s32(s, vdupq_n_s8(64), a);
+    return (i32n)vdotq_s32(s, vdupq_n_s8(64), a);
+#else
+    u32n w = (u32n)codes;
+    for (int i = 0; i < 4; ++i) acc += (i32n)((w >> (8 * i)) & 0xff) * ((fours << (24 - 8 * i)) >> 24);
+    return acc;
 #endif
 }
-// The same for codes of at most 15.
-INLINE i32x16 dot_u4s8(i32x16 acc, u8x64 codes, i32x16 fours) {
-#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
-    i32x16 r;
-    for (int i = 0; i < 2; ++i) {  // 2 * 15 * 127 fits 16 bits
-        __m256i pairs = _mm256_maddubs_epi16(part_of<u8x64, __m256i>(codes, i), part_of<i32x16, __m256i>(fours, i));
-        __m256i sums = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-        set_part(r, i, _mm256_add_epi32(part_of<i32x16, __m256i>(acc, i), sums));
-    }
-    return r;
+INLINE i32n dot_u4s8(i32n acc, u8n codes, i32n fours) {
+#if defined(__AVX2__) && !defined(__AVXVNNI__)
+    __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, (__m256i)fours);  // 2 * 15 * 127 fits 16 bits
+    return acc + (i32n)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #elif defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
-    i32x16 r;
-    for (int i = 0; i < 4; ++i)
-        set_part(r, i, vdotq_s32(part_of<i32x16, int32x4_t>(acc, i), part_of<u8x64, int8x16_t>(codes, i), part_of<i32x16, int8x16_t>(fours, i)));
-    return r;
+    return (i32n)vdotq_s32((int32x4_t)acc, (int8x16_t)codes, (int8x16_t)fours);
 #else
     return dot_u8s8(acc, codes, fours);
 #endif
 }
+template <class A, class B>
+INLINE Pair<int32_t, A> dot_u8s8(const Pair<int32_t, A>& acc, const Pair<uint8_t, B>& codes,
+                                 const Pair<int32_t, A>& fours) {
+    return {dot_u8s8(acc.lo, codes.lo, fours.lo), dot_u8s8(acc.hi, codes.hi, fours.hi)};
+}
+template <class A, class B>
+INLINE Pair<int32_t, A> dot_u4s8(const Pair<int32_t, A>& acc, const Pair<uint8_t, B>& codes,
+                                 const Pair<int32_t, A>& fours) {
+    return {dot_u4s8(acc.lo, codes.lo, fours.lo), dot_u4s8(acc.hi, codes.hi, fours.hi)};
+}
+#endif
 
 // ---- 16 x 16 lanes of 32 bits: rows become columns
 
@@ -402,7 +555,6 @@ INLINE void transpose(i32x16 (&r)[16]) {
     for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
 #else
-typedef int32_t i32x4 __attribute__((vector_size(16)));
 INLINE void transpose(i32x16 (&r)[16]) {
     i32x16 t[16];
     for (int i = 0; i < 4; ++i)
