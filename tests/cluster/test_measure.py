@@ -269,7 +269,13 @@ SPEED = Speed(rows=(1, 4), layer_s=(0.25, 0.5), head_s=(1e-3, 0.0), step_s=1e-5)
 
 
 def key(config: Mapping[str, object] = SMALL, **changes: object) -> str:
-    arguments = {"dtype": DType.BFLOAT16, "quantization": None, "device": "cpu", "num_threads": 2, "engine": "torch"} | changes
+    arguments = {
+        "dtype": DType.BFLOAT16,
+        "quantization": None,
+        "device": "cpu",
+        "num_threads": 2,
+        "engine": "torch",
+    } | changes
     return speed_key(config, **arguments)  # type: ignore[arg-type]
 
 

@@ -28,7 +28,8 @@ def by_absmax(rows: NDArray[np.float32], held: GroupedFormat) -> Grouped:
     """A stand-in for an engine's arithmetic: the simplest that makes such a format."""
     groups = rows.reshape(len(rows), -1, held.group)
     if held.symmetric:
-        scale, offset = np.abs(groups).max(axis=2) / np.float32(127), None
+        largest = np.abs(groups).max(axis=2) / np.float32(127)
+        scale, offset = widened(narrowed(largest, held.scale_dtype), held.scale_dtype), None
         codes = np.rint(groups / scale[:, :, None]) + 128
     else:
         low = groups.min(axis=2)

@@ -14,7 +14,7 @@ from tests.planner.test_exact import model
 from tllm.cli.nodes_file import Cluster, read_nodes
 from tllm.cli.plan import copied_bytes_per_s, multiplied_flop_per_s, plan
 from tllm.core.errors import ConfigError
-from tllm.core.types import HEAD, DType
+from tllm.core.types import HEAD
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "nodes-file.md"
 

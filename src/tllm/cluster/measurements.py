@@ -233,5 +233,5 @@ def _stored_quantization(checkpoint: Checkpoint) -> Quantization | None:
     if stored is None:
         return None
     if stored.bits == 8:
-        return Quantization(bits=8)
+        return Quantization.parse("int8")
     return Quantization(bits=4, group=min((32, 64, 128), key=lambda group: abs(group - stored.group)))

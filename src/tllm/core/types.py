@@ -131,11 +131,11 @@ class DType(StrEnum):
 class Quantization:
     """How the weights of linears are held: so many bits each, and one scale for every `group` inputs of an output.
 
-    Written int8, int4 (in groups of 64), int4-g32, int4-g64, int4-g128.
+    Written int8 (in groups of 128), int4 (in groups of 64), int4-g32, int4-g64, int4-g128.
     """
 
     bits: Literal[4, 8]
-    group: int | None = None  # None: all inputs of an output
+    group: int
 
     @classmethod
     def parse(cls, text: str) -> Quantization:
@@ -149,7 +149,7 @@ class Quantization:
 
 
 _QUANTIZATIONS: Final = {
-    "int8": Quantization(bits=8),
+    "int8": Quantization(bits=8, group=128),
     "int4": Quantization(bits=4, group=64),
     "int4-g32": Quantization(bits=4, group=32),
     "int4-g64": Quantization(bits=4, group=64),

@@ -264,18 +264,17 @@ _ENDS: Final = frozenset({"embed", "head"})
 def held_format(target: str, num_inputs: int, quantization: Quantization) -> GroupedFormat | None:
     """How a weight that is stored plain is held where weights are quantized; None: plain.
 
-    Linears as asked: with 8 bits one scale for an output; with 4 bits a scale and an offset for every group of inputs,
-    in smaller groups where those do not divide the inputs. Embedding and head, whose errors the answer shows at once,
-    have 8 bits.
+    Linears as asked: a scale, and with 4 bits an offset, for every group of inputs of an output, in smaller groups
+    where those do not divide the inputs. Embedding and head, whose errors the answer shows at once, have 8 bits. So has
+    what no group divides, with one scale for an output.
     """
     *_, name, kind = target.split(".")
     if kind != "weight" or name not in _LINEARS | _ENDS:
         return None
-    group = quantization.group
-    if name in _LINEARS and quantization.bits == 4 and group is not None:
-        group = math.gcd(group, num_inputs)
-        if group % _LEAST_GROUP == 0:
-            return GroupedFormat(bits=4, group=group, symmetric=False, scale_dtype="BF16")
+    asked = quantization if name in _LINEARS else Quantization.parse("int8")
+    group = math.gcd(asked.group, num_inputs)
+    if group % _LEAST_GROUP == 0 and not (asked.bits == 8 and group == num_inputs):
+        return GroupedFormat(bits=asked.bits, group=group, symmetric=asked.bits == 8, scale_dtype="BF16")
     return GroupedFormat(bits=8, group=num_inputs, symmetric=True, scale_dtype="F32")
 
 
