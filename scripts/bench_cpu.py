@@ -114,11 +114,12 @@ class Bench:
             self._children[key] = self.stack.enter_context(start())
         return self._children[key]
 
-    def server(self, num_workers: int) -> Server:
-        """So many workers, each pinned to a processor of its own."""
-        key = str(num_workers)
+    def server(self, num_workers: int, num_streams: int = 1) -> Server:
+        """So many workers, each pinned to a processor of its own, planned for so many streams."""
+        key, workers = f"{num_workers} for {num_streams}", str(num_workers)
         if key not in self._servers:
-            arguments = [str(self.directory), "--workers", key, "--threads", key, "--pin", "--use-all"]
+            arguments = [str(self.directory), "--workers", workers, "--threads", workers, "--pin", "--use-all"]
+            arguments += ["--streams", str(num_streams)]
             self._servers[key] = self.stack.enter_context(serving([*arguments, "--kv-memory", SERVER_KV]))
         return self._servers[key]
 
@@ -241,13 +242,13 @@ def decode_long(bench: Bench) -> Iterator[Figure]:
 
 def pipeline(bench: Bench) -> Iterator[Figure]:
     """Through HTTP: two workers with half of the layers each, and one with all, all of them with one core."""
-    two, one = bench.server(2), bench.server(1)
+    two, two_for_many, one = bench.server(2), bench.server(2, STREAMS), bench.server(1)
     names = ("two one-core workers", "one one-core worker")
     context = [7 * at % 256 for at in range(CONTEXT)]
 
-    def measured(measure: Callable[[Server], float]) -> tuple[Series, ...]:
+    def measured(pair: Server, measure: Callable[[Server], float]) -> tuple[Series, ...]:
         return bench.measure(
-            [(names[0], lambda: measure(two)), (names[1], lambda: measure(one))],
+            [(names[0], lambda: measure(pair)), (names[1], lambda: measure(one))],
         )
 
     def one_stream(server: Server) -> float:
@@ -260,15 +261,15 @@ def pipeline(bench: Bench) -> Iterator[Figure]:
     def long_prompt(server: Server) -> float:
         return prefill_rate(server.url, server.model, prompt=bench.new_prompt(LONG_PROMPT))
 
-    for name, measure, at_least in (
-        ("bf16, two one-core workers, one stream", one_stream, 0.95),
-        (f"bf16, two one-core workers, {STREAMS} streams", many_streams, 1.7),
-        (f"bf16, two one-core workers, prefill of {LONG_PROMPT}", long_prompt, 1.7),
+    for name, pair, measure, at_least in (
+        ("bf16, two one-core workers, one stream", two, one_stream, 0.95),
+        (f"bf16, two one-core workers, {STREAMS} streams", two_for_many, many_streams, 1.7),
+        (f"bf16, two one-core workers, prefill of {LONG_PROMPT}", two, long_prompt, 1.7),
     ):
         yield Figure(
             name=name,
             unit="tokens/s",
-            series=measured(measure),
+            series=measured(pair, measure),
             asked=(Asked(of=(names[1],), at_least=at_least),),
         )
 

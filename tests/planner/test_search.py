@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tllm.core.errors import PlanError
-from tllm.planner.plan import Plan
-from tllm.planner.profile import ModelProfile, NodeProfile
+from tllm.planner.plan import UNMEASURED_CHUNK, Plan
+from tllm.planner.profile import Load, ModelProfile, NodeProfile
 from tllm.planner.search import place
 
 KV = 8
@@ -68,10 +68,15 @@ def test_a_plan_covers_every_layer_once_in_order_within_memory(model, nodes, pos
         assert needed <= stage.node.memory_bytes // stage.node.num_workers
 
 
-@given(models_of_any_kind, nodes_of_any_kind)
-def test_no_other_cut_has_a_faster_slowest_stage(model, nodes):
+@given(models_of_any_kind, nodes_of_any_kind, st.sampled_from([1, 2]))
+def test_no_other_cut_has_a_faster_slowest_stage(model, nodes, streams):
+    def work(first: int, last: int) -> int:
+        """Of a prompt the head projects one row; for several streams' tokens it is read as often as layers."""
+        projects = streams == 1 and last == model.num_layers
+        return model.read_bytes(first, last) - model.head_bytes * projects
+
     try:
-        plan = place(model, nodes, min_kv_positions=1)
+        plan = place(model, nodes, min_kv_positions=1, load=Load(streams=streams))
     except PlanError:
         plan = None
     slots = [
@@ -90,17 +95,28 @@ def test_no_other_cut_has_a_faster_slowest_stage(model, nodes):
             model.held_bytes(*cut) + model.kv_bytes_per_position * (cut[1] - cut[0]) <= memory
             for cut, (_, memory) in zip(ranges, slots, strict=True)
         ):
-            costs.append(max(model.read_bytes(*cut) / threads for cut, (threads, _) in zip(ranges, slots, strict=True)))
+            costs.append(max(work(*cut) / threads for cut, (threads, _) in zip(ranges, slots, strict=True)))
     if plan is None or plan.dropped:
         assert not costs or len(plan.dropped) == sum(node.num_workers for node in nodes) - len(slots)
     if plan is not None and costs:
-        assert max(stage.read_bytes / stage.num_threads for stage in plan.stages) == min(costs)
+        stages = [(stage, stage.shard) for stage in plan.stages]
+        assert max(work(s.first_layer, s.last_layer) / stage.num_threads for stage, s in stages) == min(costs)
 
 
 def test_the_projection_counts_as_layers_so_that_the_last_stage_gets_fewer():
     # Llama-3.2-1B: a layer is 60.8 M weights and the tied projection 262.7 M, as much as 4.3 layers.
-    plan = place(model([608] * 16, embed=2627, head=2627, tied=True), [node("a", workers=2)], min_kv_positions=1)
+    made = model([608] * 16, embed=2627, head=2627, tied=True)
+    plan = place(made, [node("a", workers=2)], min_kv_positions=1, load=Load(streams=8))
     assert cuts(plan) == [(0, 10), (10, 16)]
+
+
+def test_for_one_stream_layers_are_even_because_only_its_prompt_can_overlap():
+    made = model([608] * 16, embed=2627, head=2627, tied=True)
+    plan = place(made, [node("a", workers=2)], min_kv_positions=1)
+    assert cuts(plan) == [(0, 8), (8, 16)]
+    assert plan.prefill_chunk == UNMEASURED_CHUNK
+    alone = place(made, [node("a")], min_kv_positions=1)
+    assert alone.prefill_chunk is None, "nothing overlaps"
 
 
 def test_a_faster_node_gets_more_layers():

@@ -150,8 +150,7 @@ class Deployment:
     def _driver_for(self, pipeline: Pipeline) -> Driver:
         """The first pipeline makes the scheduler; later ones change how many blocks and steps there are."""
         num_steps = self._config.max_steps_in_flight or len(pipeline.plan.stages)
-        prediction = pipeline.plan.prediction
-        prefill_chunk = prediction.prefill_chunk if prediction else None
+        prefill_chunk = pipeline.plan.prefill_chunk
         if self._scheduler is None or self._driver is None:
             self.max_model_len = pipeline.kv.max_model_len
             self._scheduler = Scheduler(

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from tllm.models.spec import Shard
 from tllm.planner.profile import NodeProfile
 
+UNMEASURED_CHUNK = 64  # enough rows to compute nearly as fast as many, few enough to fill a pipeline soon
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
@@ -65,6 +67,13 @@ class Plan:
     dropped: tuple[str, ...] = ()  # a line for every node that is not used, with the reason
     prediction: Prediction | None = None  # None: a node that is used has no measured speed
     alternatives: tuple[Alternative, ...] = ()  # best first
+
+    @property
+    def prefill_chunk(self) -> int | None:
+        """Tokens of a prompt at a time; None: as many as a step takes."""
+        if self.prediction is not None:
+            return self.prediction.prefill_chunk
+        return UNMEASURED_CHUNK if len(self.stages) > 1 else None
 
     def __post_init__(self) -> None:
         shards = [stage.shard for stage in self.stages]

@@ -6,7 +6,8 @@
 Where speeds are measured, every single node, and every subset of nodes in every order with every cut are candidates:
 exact up to `EXACT_NODES` nodes (exact.py), a stated heuristic beyond (orders.py). A plan says what it predicts, which
 nodes it left out and what they would have cost. Before any speed is measured, all nodes are used in the given order,
-and a stage costs the bytes that it reads divided by its threads.
+and a stage costs the bytes that it reads divided by its threads; for one stream, whose tokens pass all stages one after
+the other wherever the cuts are, that of a prompt's chunk, which reads the head once.
 
 This file does not know where profiles come from.
 """
@@ -242,7 +243,7 @@ def _place_in_order(model: ModelProfile, nodes: Sequence[NodeProfile], load: Loa
     spare_bytes = activation_bytes(model, load)
     used, unused = slots[: model.num_layers], slots[model.num_layers :]
     dropped = [f"{slot.node.name}: {model.num_layers} layers leave nothing for it" for slot in unused]
-    while (cut := _best_cut(model, used, min_kv_positions, spare_bytes)) is None and len(used) > 1:
+    while (cut := _best_cut(model, used, load, min_kv_positions)) is None and len(used) > 1:
         smallest = min(used, key=lambda slot: slot.memory_bytes)
         used.remove(smallest)
         dropped.append(f"{smallest.node.name}: {format_bytes(smallest.memory_bytes)} are too little for a layer there")
@@ -272,14 +273,18 @@ def _slots(node: NodeProfile) -> list[_Slot]:
     ]
 
 
-def _best_cut(model: ModelProfile, slots: Sequence[_Slot], min_kv_positions: int, spare_bytes: int) -> Cut | None:
+def _best_cut(model: ModelProfile, slots: Sequence[_Slot], load: Load, min_kv_positions: int) -> Cut | None:
     """The cut whose greatest stage time is least, by bytes read and threads; None if nothing fits."""
+    spare_bytes = activation_bytes(model, load)
+    head_bytes = model.head_bytes if load.streams == 1 else 0  # that do not count
     if _needed_bytes(model, min_kv_positions) > sum(max(slot.memory_bytes - spare_bytes, 0) for slot in slots):
         return None
 
     def stage_cost(slot: _Slot, first: int, last: int) -> float | None:
         memory = model.held_bytes(first, last) + min_kv_positions * model.kv_bytes_per_position * (last - first)
-        return model.read_bytes(first, last) / slot.num_threads if memory + spare_bytes <= slot.memory_bytes else None
+        if memory + spare_bytes > slot.memory_bytes:
+            return None
+        return (model.read_bytes(first, last) - head_bytes * (last == model.num_layers)) / slot.num_threads
 
     @cache
     def best(slot: int, first: int) -> tuple[float, Cut] | None:
