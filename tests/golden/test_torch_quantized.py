@@ -18,7 +18,7 @@ from tllm.engines.torch.engine import TorchEngine
 from tllm.engines.torch.kernels import build
 from tllm.models.checkpoint import Checkpoint
 from tllm.testing.checkpoints import tiny_checkpoint
-from tllm.testing.quantized import METHODS, plain_twin, quantized_checkpoint, write_gguf
+from tllm.testing.quantized import plain_twin, quantized_checkpoint, write_gguf
 from tllm.testing.stages import Stages, chunk, cut
 
 LAYERS, BLOCK_SIZE, NUM_BLOCKS = 4, 8, 64
@@ -45,13 +45,17 @@ class Form:
     flips: float = 0.15  # between kernels and torch
 
 
-@pytest.fixture(scope="module", params=[*MADE, *METHODS, *GGUF])
+# The others differ from these in how they are read, which tests/models compares.
+STORED = ("mlx-4", "gptq-4-ordered", "awq", "tllm-int8")
+
+
+@pytest.fixture(scope="module", params=[*MADE, *STORED, *GGUF])
 def form(request, tmp_path_factory) -> Form:
     name, directory = request.param, tmp_path_factory.mktemp("form")
     if name in GGUF:
         write_gguf(directory / "m.gguf", types=name, **SHAPE)
         return Form(name, directory / "m.gguf", flips=0.15 if name.startswith("Q") else 1e-4)
-    if name in METHODS:
+    if name in STORED:
         weights = quantized_checkpoint(directory, name, **SHAPE)
         twin = plain_twin(tmp_path_factory.mktemp("twin"), directory, weights)
         return Form(name, directory, twin=twin, error=0.4)
