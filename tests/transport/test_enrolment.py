@@ -268,7 +268,7 @@ async def test_after_five_failures_a_machine_waits_even_with_the_right_token(hea
     head.clock.now_s = 30.0
     assert (await enrol(head.tcp, token)).name
     async with asyncio.timeout(5):  # the newcomer has its answer before the head's side of the call has ended
-        while head.service.statistics()["num_open"]:
+        while head.service.statistics()["num_open"]:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert head.service.statistics() == {"num_open": 0, "num_failing": 0, "num_refused": 0, "num_enrolled": 2}
 
