@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tllm.models.spec import Shard
 from tllm.planner.profile import NodeProfile
 
-UNMEASURED_CHUNK = 64  # enough rows to compute nearly as fast as many, few enough to fill a pipeline soon
+UNMEASURED_CHUNK = 128  # enough rows to compute nearly as fast as many, few enough to fill a pipeline soon
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
