@@ -39,9 +39,6 @@ class Linears(Protocol):
     def linear(self, names: Sequence[str], sizes: Sequence[int], num_inputs: int, *, bias: bool) -> Linear:
         """The linears of these names side by side, as one."""
 
-    def head(self, name: str, num_outputs: int, num_inputs: int, *, bias: bool) -> Linear:
-        """The output projection of a shard that does not have it as its embedding."""
-
     def table(self, name: str, num_rows: int, num_columns: int) -> Table:
         """The embedding."""
 
@@ -63,9 +60,6 @@ class KernelLinears:
     def linear(self, names: Sequence[str], sizes: Sequence[int], num_inputs: int, *, bias: bool) -> Linear:
         parts = [self._part(name + ".weight", size, num_inputs) for name, size in zip(names, sizes, strict=True)]
         return KernelLinear(parts, self._read.stacked([n + ".bias" for n in names], sizes, ()) if bias else None)
-
-    def head(self, name: str, num_outputs: int, num_inputs: int, *, bias: bool) -> Linear:
-        return self.linear((name,), (num_outputs,), num_inputs, bias=bias)
 
     def table(self, name: str, num_rows: int, num_columns: int) -> Table:
         return _KernelTable(self._part(name + ".weight", num_rows, num_columns), self._read.dtype)
@@ -160,9 +154,6 @@ class TorchLinears:
         weight_bytes = num_outputs * row_bytes
         bias_bytes = 0 if bias_N is None else bias_N.nbytes
         return PackedLinear(packed, rows, bias_N, weight_bytes + bias_bytes)
-
-    def head(self, name: str, num_outputs: int, num_inputs: int, *, bias: bool) -> Linear:
-        return self.linear((name,), (num_outputs,), num_inputs, bias=bias)
 
     def table(self, name: str, num_rows: int, num_columns: int) -> Table:
         target = name + ".weight"

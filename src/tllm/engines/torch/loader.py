@@ -115,7 +115,7 @@ class _Assembler:
             if spec.tied and embed is not None:
                 head = embed.head(self._read.table("head.bias", (vocab,)) if spec.head_bias else None)
             else:
-                head = self._linears.head("head", vocab, width, bias=spec.head_bias)
+                head = self._linears.linear(("head",), (vocab,), width, bias=spec.head_bias)
         return DecoderWeights(embed=embed, positions=positions, layers=layers, norm=norm, head=head, tied=spec.tied)
 
     def _layer(self, prefix: str) -> LayerWeights:
