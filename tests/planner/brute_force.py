@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from tllm.models.spec import Shard
-from tllm.planner.cost import predict
 from tllm.planner.plan import StagePlan
+from tllm.planner.predict import predict
 from tllm.planner.profile import LinkProfile, Load, ModelProfile, NodeProfile
 
 

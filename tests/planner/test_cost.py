@@ -12,8 +12,9 @@ from tests.planner.brute_force import stage
 from tests.planner.test_exact import model, node, speed
 from tllm.core.errors import ConfigError
 from tllm.core.types import HEAD
-from tllm.planner.cost import crowding, cycle_s, estimated_speed, gain, interpolate, predict
+from tllm.planner.cost import crowding, cycle_s, estimated_speed, interpolate
 from tllm.planner.network import MESSAGE_BYTES, ROW_BYTES
+from tllm.planner.predict import gain, predict
 from tllm.planner.profile import LinkProfile, Load, ModelProfile, Speed
 
 

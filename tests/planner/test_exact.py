@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tests.planner.brute_force import best_cycle_s
 from tllm.core.errors import PlanError
 from tllm.core.types import HEAD
-from tllm.planner.cost import HEAD_STEP_S, predict
 from tllm.planner.exact import best_over_subsets
 from tllm.planner.network import Network
 from tllm.planner.plan import Plan
+from tllm.planner.predict import HEAD_STEP_S, predict
 from tllm.planner.problem import Layout, Problem
 from tllm.planner.profile import LinkProfile, Load, ModelProfile, NodeProfile, Speed
 from tllm.planner.search import place

@@ -23,8 +23,8 @@ from tllm.core.types import DType, Quantization
 from tllm.models.checkpoint import Checkpoint
 from tllm.models.slicing import layer_weights
 from tllm.models.spec import Shard
-from tllm.planner.cost import gain, predict
 from tllm.planner.plan import Plan, Prediction
+from tllm.planner.predict import gain, predict
 from tllm.planner.profile import Load, ModelProfile
 from tllm.planner.search import place
 

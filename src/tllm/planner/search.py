@@ -21,11 +21,11 @@ from functools import cache
 from tllm.core.errors import PlanError
 from tllm.core.units import format_bytes
 from tllm.models.spec import Shard
-from tllm.planner.cost import HEAD_STEP_S, gain, predict
 from tllm.planner.exact import best_in_order, best_over_subsets, with_most_kv
 from tllm.planner.network import Network
 from tllm.planner.orders import good_layout, near_first, with_node
 from tllm.planner.plan import Alternative, Plan, Prediction, StagePlan, format_rate
+from tllm.planner.predict import HEAD_STEP_S, gain, predict
 from tllm.planner.problem import Cut, Layout, Problem, activation_bytes
 from tllm.planner.profile import LinkProfile, Load, ModelProfile, NodeProfile
 
