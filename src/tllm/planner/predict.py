@@ -5,8 +5,7 @@
     prompt                      its chunks follow one another through stages and links in a row, as many in flight as
                                 stages; of all sizes by halves, those with which the first token is soonest
 
-What is left out: attention over long contexts (speeds are measured at short ones), and that stages of one machine share
-its memory bus when they compute at the same time.
+What is left out: that stages of one machine share its memory bus when they compute at the same time.
 
 This file does not know how a plan is found.
 """
@@ -17,7 +16,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tllm.planner.cost import Job, crowding, cycle_s, flow_shop_s, stage_speed, steps_in_flight
+from tllm.planner.cost import (
+    Job,
+    chunk_attention_s,
+    crowding,
+    cycle_s,
+    decode_attention_s,
+    flow_shop_s,
+    stage_speed,
+    steps_in_flight,
+)
 from tllm.planner.network import Edge, Network, hidden_message_bytes, token_message_bytes
 from tllm.planner.plan import Prediction, StagePlan
 from tllm.planner.profile import LinkProfile, Load, ModelProfile, Speed
@@ -37,32 +45,18 @@ def predict(
     head_step_s: float = HEAD_STEP_S,
 ) -> Prediction | None:
     """How fast any plan is, a handmade one too; None when a node in it has no measured speed."""
-    chain = _chain(model, stages, Network(links, head_machine=head_machine), head_step_s)
+    chain = chain_of(model, stages, links, head_machine=head_machine, head_step_s=head_step_s)
     if chain is None:
         return None
-    num_steps = steps_in_flight(load.streams, len(stages))
-    num_rows = load.streams / num_steps
-    stage_s = tuple(chain.stage_s(num_rows, num_rows))
-    num_bytes = chain.message_bytes(num_rows, num_rows)
-    hop_s = tuple(edge.message_s(size) for edge, size in zip(chain.edges, num_bytes, strict=True))
-    occupied_s = [edge.occupied_s(size) for edge, size in zip(chain.edges, num_bytes, strict=True)]
-    crowded_s = [seconds * crowding(stage.node) for seconds, stage in zip(stage_s, stages, strict=True)]
-    sum_s = head_step_s + sum(stage_s) + sum(hop_s)
-    cycle = cycle_s(num_steps, max(*crowded_s, *occupied_s, head_step_s), sum_s)
-    if cycle > sum_s:
-        bound = chain.slowest(crowded_s, occupied_s, num_rows)
-    else:
-        bound = chain.slowest(stage_s, hop_s, num_rows)
-        if num_steps > 1:
-            bound = f"the round trip of a step, most of it {bound}"
+    round_trip = chain.round_trip(load.streams, context=load.context)
     chunk, ttft_s = chain.best_chunk(load)
     return Prediction(
         ttft_s=ttft_s,
-        tpot_s=cycle,
-        tokens_per_s=load.streams / cycle,
-        bound=bound,
-        stage_s=stage_s,
-        hop_s=hop_s,
+        tpot_s=round_trip.cycle_s,
+        tokens_per_s=load.streams / round_trip.cycle_s,
+        bound=round_trip.bound,
+        stage_s=round_trip.stage_s,
+        hop_s=round_trip.hop_s,
         note=chain.note(),
         prefill_chunk=chunk,
     )
@@ -75,12 +69,21 @@ def gain(old: Prediction, new: Prediction, load: Load) -> float:
     return new.tokens_per_s / old.tokens_per_s - 1
 
 
-def _chain(model: ModelProfile, stages: Sequence[StagePlan], network: Network, head_step_s: float) -> _Chain | None:
+def chain_of(
+    model: ModelProfile,
+    stages: Sequence[StagePlan],
+    links: Sequence[LinkProfile],
+    *,
+    head_machine: str = "",
+    head_step_s: float = HEAD_STEP_S,
+) -> Chain | None:
+    """None when a node has no measured speed."""
+    network = Network(links, head_machine=head_machine)
     speeds = [stage.node.speed for stage in stages if stage.node.speed is not None]
     if len(speeds) < len(stages):
         return None
     nodes = [None, *(stage.node for stage in stages), None]
-    return _Chain(
+    return Chain(
         model=model,
         stages=tuple(stages),
         speeds=tuple(speeds),
@@ -90,8 +93,18 @@ def _chain(model: ModelProfile, stages: Sequence[StagePlan], network: Network, h
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Chain:
-    """Stages in a row, and the edges before, between and after them."""
+class RoundTrip:
+    """One token of every stream: from a stream's step to its next."""
+
+    cycle_s: float
+    stage_s: tuple[float, ...]
+    hop_s: tuple[float, ...]  # one more than stages
+    bound: str  # what it waits for, in words
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """Stages in a row, and the edges before, between and after them: what a plan's seconds are made of."""
 
     model: ModelProfile
     stages: tuple[StagePlan, ...]
@@ -99,17 +112,26 @@ class _Chain:
     edges: tuple[Edge, ...]
     head_step_s: float
 
-    def stage_s(self, num_rows: float, num_sampled: float) -> list[float]:
-        return [
-            stage_speed(speed, num_rows, num_sampled).seconds(
-                stage.shard.last_layer - stage.shard.first_layer, head=stage.shard.head
-            )
-            for stage, speed in zip(self.stages, self.speeds, strict=True)
-        ]
-
-    def message_bytes(self, num_rows: float, num_sampled: float) -> list[float]:
-        hidden = hidden_message_bytes(self.model, num_rows)
-        return [token_message_bytes(num_rows), *[hidden] * (len(self.stages) - 1), token_message_bytes(num_sampled)]
+    def round_trip(self, num_streams: int, *, context: float, num_steps: int | None = None) -> RoundTrip:
+        """All streams decode, each with `context` positions before it, in `num_steps` steps at a time; as many as
+        stages by default, and never more than streams."""
+        num_steps = min(num_streams, num_steps) if num_steps else steps_in_flight(num_streams, len(self.stages))
+        num_rows = num_streams / num_steps
+        attention_s = [decode_attention_s(speed, num_rows, context) for speed in self.speeds]
+        stage_s = self._stage_s(num_rows, num_rows, attention_s)
+        num_bytes = self._message_bytes(num_rows, num_rows)
+        hop_s = tuple(edge.message_s(size) for edge, size in zip(self.edges, num_bytes, strict=True))
+        occupied_s = [edge.occupied_s(size) for edge, size in zip(self.edges, num_bytes, strict=True)]
+        crowded_s = [seconds * crowding(stage.node) for seconds, stage in zip(stage_s, self.stages, strict=True)]
+        sum_s = self.head_step_s + sum(stage_s) + sum(hop_s)
+        cycle = cycle_s(num_steps, max(*crowded_s, *occupied_s, self.head_step_s), sum_s)
+        if cycle > sum_s:
+            bound = self._slowest(crowded_s, occupied_s, num_rows)
+        else:
+            bound = self._slowest(stage_s, hop_s, num_rows)
+            if num_steps > 1:
+                bound = f"the round trip of a step, most of it {bound}"
+        return RoundTrip(cycle_s=cycle, stage_s=stage_s, hop_s=hop_s, bound=bound)
 
     def best_chunk(self, load: Load) -> tuple[int, float]:
         """Tokens of a prompt's chunk, and the seconds to the prompt's first token with it.
@@ -125,23 +147,36 @@ class _Chain:
 
     def prefill_s(self, prompt: int, chunk: int) -> float:
         """From the prompt to its first token at home. Every stage and every link takes chunk after chunk in order."""
-        whole, rest = divmod(prompt, chunk)
-        sizes = [chunk] * whole + [rest] * (rest > 0)
-        crowd = [crowding(stage.node) if len(sizes) > 1 else 1.0 for stage in self.stages]
+        starts = range(0, prompt, chunk)
+        crowd = [crowding(stage.node) if len(starts) > 1 else 1.0 for stage in self.stages]
 
-        def jobs(size: int, num_sampled: int) -> list[Job]:
-            num_bytes = self.message_bytes(size, num_sampled)
+        def jobs(start: int) -> list[Job]:
+            size = min(chunk, prompt - start)
+            num_sampled = 1 if start + size == prompt else 0
+            num_bytes = self._message_bytes(size, num_sampled)
             links = [
                 Job(edge.occupied_s(each), edge.latency_s) for edge, each in zip(self.edges, num_bytes, strict=True)
             ]
-            stage_s = self.stage_s(size, num_sampled)
+            attention_s = [chunk_attention_s(speed, start, size) for speed in self.speeds]
+            stage_s = self._stage_s(size, num_sampled, attention_s)
             work = [Job(seconds * factor) for seconds, factor in zip(stage_s, crowd, strict=True)]
             return [Job(self.head_step_s), *(job for pair in zip(links, work, strict=False) for job in pair), links[-1]]
 
-        chunks = [jobs(size, num_sampled=0) for size in sizes[:-1]] + [jobs(sizes[-1], num_sampled=1)]
-        return flow_shop_s(chunks, window=len(self.stages))
+        return flow_shop_s([jobs(start) for start in starts], window=len(self.stages))
 
-    def slowest(self, stage_s: Sequence[float], hop_s: Sequence[float], num_rows: float) -> str:
+    def _stage_s(self, num_rows: float, num_sampled: float, attention_s: Sequence[float]) -> tuple[float, ...]:
+        return tuple(
+            stage_speed(speed, num_rows, num_sampled, attention_s=each).seconds(
+                stage.shard.last_layer - stage.shard.first_layer, head=stage.shard.head
+            )
+            for stage, speed, each in zip(self.stages, self.speeds, attention_s, strict=True)
+        )
+
+    def _message_bytes(self, num_rows: float, num_sampled: float) -> list[float]:
+        hidden = hidden_message_bytes(self.model, num_rows)
+        return [token_message_bytes(num_rows), *[hidden] * (len(self.stages) - 1), token_message_bytes(num_sampled)]
+
+    def _slowest(self, stage_s: Sequence[float], hop_s: Sequence[float], num_rows: float) -> str:
         """What takes longest, in words."""
         names = ["the head", *(stage.node.name for stage in self.stages), "the head"]
         parts = [(seconds, f"the link {names[hop]} -> {names[hop + 1]}") for hop, seconds in enumerate(hop_s)]

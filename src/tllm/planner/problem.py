@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from tllm.planner.cost import StageSpeed, crowding, cycle_s, stage_speed, steps_in_flight
+from tllm.planner.cost import StageSpeed, crowding, cycle_s, decode_attention_s, stage_speed, steps_in_flight
 from tllm.planner.network import Network, hidden_message_bytes, token_message_bytes
 from tllm.planner.profile import Load, ModelProfile, NodeProfile
 
@@ -161,7 +161,15 @@ class Problem:
         return Costs(
             num_steps=num_steps,
             head_step_s=self._head_step_s,
-            speeds=tuple(stage_speed(speed, num_rows, num_rows) for speed in speeds),
+            speeds=tuple(
+                stage_speed(
+                    speed,
+                    num_rows,
+                    num_rows,
+                    attention_s=decode_attention_s(speed, num_rows, self._load.context),
+                )
+                for speed in speeds
+            ),
             crowding=tuple(crowding(node) for node in self.nodes),
             hop_s=tuple(tuple(edge.message_s(hidden) for edge in row) for row in edges),
             hop_busy_s=tuple(tuple(edge.occupied_s(hidden) for edge in row) for row in edges),

@@ -16,12 +16,17 @@ class Speed:
 
     `rows` is ascending and starts with 1; `layer_s[i]` is one layer for `rows[i]` rows, `head_s[i]` the final norm,
     the projection and the sampling of `rows[i]` rows, `step_s` what every step costs a stage whatever is in it.
+    Attention is apart: `read_s` is what a layer takes to read one position of one sequence's KV, `pair_s` what it takes
+    to let one row look at one position where KV is not read for it alone, as in a prompt. Zero where not measured:
+    `layer_s` then has it in it, for the short contexts that it was measured with.
     """
 
     rows: tuple[int, ...]
     layer_s: tuple[float, ...]
     head_s: tuple[float, ...]
     step_s: float
+    read_s: float = 0.0
+    pair_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +50,11 @@ class Load:
     prompt: int = 512  # tokens of a typical prompt
     answer: int = 128  # and of its answer
     max_batch_tokens: int = 512  # of one step; a longer prompt is cut into chunks of so many
+
+    @property
+    def context(self) -> float:
+        """Positions that a decode step looks at, in the middle of an answer."""
+        return self.prompt + self.answer / 2
 
     def __post_init__(self) -> None:
         for name in ("streams", "prompt", "answer", "max_batch_tokens"):
