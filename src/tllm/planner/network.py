@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from tllm.core.types import HEAD
 from tllm.planner.cost import Line
-from tllm.planner.profile import LinkProfile, ModelProfile, NodeProfile
+from tllm.planner.profile import LinkProfile, ModelProfile, NodeProfile, Speed
 
 MESSAGE_BYTES = 200  # of a step or a result, whatever is in it
 ROW_BYTES = 8  # of a row beside its hidden state: a token on its way out or home, what a chunk carries
@@ -159,6 +159,20 @@ class Group:
     def layer_s(self, num_bytes: float) -> float:
         """Two all-reduces: behind the attention's output projection and behind the MLP's."""
         return ALL_REDUCES_PER_LAYER * self.all_reduce_s(num_bytes)
+
+    def speed(self, alone: Speed, hidden_bytes: float) -> Speed:
+        """Of ranks that are each as fast as one is `alone`: layers, head and attention are divided evenly. A row of
+        hidden states takes `hidden_bytes`."""
+        return replace(
+            alone,
+            layer_s=tuple(
+                seconds / self.num_ranks + self.layer_s(num_rows * hidden_bytes)
+                for num_rows, seconds in zip(alone.rows, alone.layer_s, strict=True)
+            ),
+            head_s=tuple(seconds / self.num_ranks for seconds in alone.head_s),
+            read_s=alone.read_s / self.num_ranks,
+            pair_s=alone.pair_s / self.num_ranks,
+        )
 
 
 def all_reduce_bytes(num_bytes: float, num_ranks: int) -> float:
