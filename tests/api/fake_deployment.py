@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from tllm.cluster.deployment import (
     GenerationUsage,
 )
 from tllm.core.errors import ContextLengthError, TllmError
-from tllm.core.types import FinishReason, Logprob, Sampled, Score, SequenceId, TokenId
+from tllm.core.types import FinishReason, Logprob, Sampled, Score, SequenceId, StepId, TokenId
 from tllm.text.template import ChatTemplate
 from tllm.text.tokenizer import Tokenizer
 
@@ -69,6 +70,9 @@ class FakeGeneration:
         self._script = script
         self._clock = asyncio.get_running_loop().time
         self._started_s = self._clock()
+        self.seq = SequenceId(len(deployment.submitted))
+        self.arrived_s = time.perf_counter()
+        self.first_step = StepId(1)
         self._num_given = 0
         self._is_over = False
         self._plan, self._finish, self._stop_id = self._planned()

@@ -65,6 +65,9 @@ class Clock:
 class Machine:
     """Engines whose every forward takes as long as these costs say, on a clock of its own."""
 
+    read_s = 0.0
+    pair_s = 0.0
+
     def __init__(self, *, scale: float = 1.0, memory_bytes: int = 1 << 40, load_s: float = 0.0) -> None:
         self.clock = Clock()
         self.shards: list[Shard] = []
@@ -79,6 +82,16 @@ class Machine:
 
     def layer_s(self, rows: int) -> float:
         return self._scale * (900e-6 + 30e-6 * rows)
+
+    def attention_s(self, step: Step) -> float:
+        """Of one layer: KV is read at one speed, and rows look at it at another."""
+        return self._scale * sum(
+            max(
+                self.read_s * (chunk.start + len(chunk.tokens)),
+                self.pair_s * sum(chunk.start + row + 1 for row in range(len(chunk.tokens))),
+            )
+            for chunk in step.chunks
+        )
 
     def head_s(self, sampled: int, vocab_size: int) -> float:
         return self._scale * (20e-9 + 3e-9 * sampled) * vocab_size if sampled else 0.0
@@ -99,7 +112,9 @@ class Machine:
 
             def forward(self, step: Step, hidden: Activation | None) -> Activation | StepResult:
                 shard = machine.shards[-1]
-                seconds = machine.step_s(step.num_tokens) + len(shard.layers) * machine.layer_s(step.num_tokens)
+                seconds = machine.step_s(step.num_tokens) + len(shard.layers) * (
+                    machine.layer_s(step.num_tokens) + machine.attention_s(step)
+                )
                 if shard.head:
                     num_sampled = sum(chunk.sampling is not None for chunk in step.chunks)
                     seconds += machine.head_s(num_sampled, self.checkpoint.spec.vocab_size)
@@ -136,6 +151,24 @@ def test_what_a_machine_takes_is_found_out(config: object, num_layers: int, voca
     speed = measured(machine, config, tmp_path)
     assert speed.rows == ROWS
     assert_right(speed, machine, num_layers, vocab_size)
+
+
+def test_attention_is_told_from_the_rest_of_a_layer(tmp_path: Path) -> None:
+    machine = Machine()
+    machine.read_s, machine.pair_s = 40e-9, 2e-9
+    speed = measured(machine, LARGE, tmp_path)
+    assert speed.read_s == pytest.approx(machine.read_s, rel=0.01)
+    assert speed.pair_s == pytest.approx(machine.pair_s, rel=0.1)
+    for rows, layer_s in zip(speed.rows, speed.layer_s, strict=True):
+        assert layer_s == pytest.approx(machine.layer_s(rows), rel=0.02)
+
+
+def test_a_model_of_short_contexts_has_its_attention_in_its_layers(tmp_path: Path) -> None:
+    machine = Machine()
+    machine.read_s, machine.pair_s = 40e-9, 2e-9
+    speed = measured(machine, SMALL | {"max_position_embeddings": 256}, tmp_path)
+    assert (speed.read_s, speed.pair_s) == (0.0, 0.0)
+    assert speed.layer_s[0] == pytest.approx(machine.layer_s(1) + 129 * machine.read_s, rel=0.01)
 
 
 def test_disturbances_of_a_moment_do_not_count(tmp_path: Path) -> None:

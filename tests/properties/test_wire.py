@@ -30,7 +30,6 @@ from tllm.core.types import (
     Scoring,
     SequenceFailed,
     SequenceId,
-    StageTiming,
     Step,
     StepFailed,
     StepId,
@@ -124,7 +123,6 @@ def test_random_bytes_are_refused_or_within_the_limits(data: bytes) -> None:
 
 NUMBERS = st.lists(st.integers(0, 3) | st.integers(0, 2**32 - 1), max_size=4)
 DOUBLES = st.lists(st.floats(), max_size=4)
-TIMINGS = st.builds(pb.Timings, first_layers=NUMBERS, waits_s=DOUBLES, computes_s=DOUBLES)
 SCORES = st.builds(pb.Scores, logprobs=DOUBLES, num_tops=NUMBERS, top_tokens=NUMBERS, top_logprobs=DOUBLES)
 PARAMS = st.builds(
     pb.SamplingParams,
@@ -145,7 +143,6 @@ STEPS = st.builds(
     **dict.fromkeys(("scoring_tops", "num_targets", "targets"), NUMBERS),
     samplings=st.lists(SAMPLINGS | st.binary(max_size=8), max_size=3),
     hidden=st.none() | st.builds(pb.Activation, dtype=st.sampled_from(["float32", "no"]), rows=st.integers(0, 2)),
-    timings=TIMINGS,
 ).map(lambda step: pb.Frame(step=step))
 RESULTS = st.builds(
     pb.StepResult,
@@ -154,7 +151,6 @@ RESULTS = st.builds(
     scores=SCORES,
     failed_seqs=NUMBERS,
     failed_reasons=st.lists(st.text(max_size=5), max_size=3),
-    timings=TIMINGS,
 ).map(lambda result: pb.Frame(result=result))
 FAILURES = st.builds(pb.StepFailed, first_layer=st.integers(0, 5), last_layer=st.integers(0, 5)).map(
     lambda failed: pb.Frame(failed=failed)
@@ -171,7 +167,6 @@ STATE = SamplingState(
     params=SamplingParams(), position=4, counts=((TokenId(1), 2),), prompt_ids=(TokenId(3),), banned_ids=(TokenId(4),)
 )
 SCORING = Scoring(targets=(TokenId(6), TokenId(7)), top=1)
-TIMING = StageTiming(first_layer=0, wait_s=0.5, compute_s=0.25)
 RICH_STEP = StepFrame(
     step=Step(
         id=StepId(1),
@@ -182,7 +177,6 @@ RICH_STEP = StepFrame(
             replace(CHUNK, seq=SequenceId(2), tokens=(TokenId(5), TokenId(6)), scoring=SCORING),
         ),
     ),
-    timings=(TIMING, TIMING),
 )
 SCORE = Score(logprob=-1.0)
 RICH_RESULT = StepResult(
@@ -195,7 +189,6 @@ RICH_RESULT = StepResult(
     ),
     scored=(Scored(seq=SequenceId(4), start=0, scores=(SCORE, replace(SCORE, logprob=-4.0))),),
     failed=(SequenceFailed(seq=SequenceId(5), reason="logits are not finite"),),
-    timings=(TIMING,),
 )
 TOP = (Logprob(token=TokenId(1), logprob=-1.0),)
 RICHER_RESULT = replace(
@@ -223,7 +216,7 @@ def columns_of(frame: pb.Frame) -> list[tuple[str, ...]]:
     part = frame.WhichOneof("message")
     assert part is not None
     inner = [field.name for field in getattr(frame, part).DESCRIPTOR.fields]
-    tables = [(part,), *((part, name) for name in ("timings", "logprobs", "scores") if name in inner)]
+    tables = [(part,), *((part, name) for name in ("logprobs", "scores") if name in inner)]
     return [
         (*table, field.name)
         for table in tables

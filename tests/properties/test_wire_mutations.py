@@ -35,12 +35,12 @@ import tllm.demo
 from tllm.cluster import measure
 from tllm.cluster import shards as cluster_shards
 from tllm.core.errors import ConfigError, FrameError, ModelError, TllmError, TransportError
-from tllm.core.types import Epoch
+from tllm.core.types import DType, Epoch
 from tllm.models.checkpoint import Checkpoint
 from tllm.models.manifest import Manifest
 from tllm.testing.identities import members
 from tllm.testing.strategies import limited_messages
-from tllm.transport import control, enrolment, pipe, shards, trust, wire
+from tllm.transport import codecs, control, enrolment, link_bench, pipe, shards, trust, wire
 from tllm.transport import wire_pb2 as pb
 from tllm.transport.base import FRAME_HEADER_BYTES, FrameLimits
 from tllm.transport.checks import check
@@ -410,6 +410,35 @@ def targets_of_shards(directory: Path) -> Iterator[Target]:
         yield Target(name=answer.__name__, samples=samples, kinds=(answer,))
 
 
+def targets_of_link_benchmarks() -> Iterator[Target]:
+    content = bytes(range(64)) * 4  # as bfloat16 all of it is finite
+    shape = codecs.MatrixShape(rows=4, columns=32, dtype=DType.BFLOAT16)
+    columns = {name: codecs.make_codec(name) for name in codecs.CodecName}
+
+    def read_matrix(data: bytes) -> None:
+        """As its receiver does, for matrices of one piece."""
+        claimed, name, num_bytes = link_bench._parse_header(data)
+        body = memoryview(data)[link_bench._HEADER.size :]
+        if num_bytes != len(body):
+            raise FrameError("a matrix whose pieces do not make up its length")
+        columns[name].decode(body, claimed)
+
+    def matrix(number: int, name: codecs.CodecName) -> bytes:
+        encoded = columns[name].encode(content, shape)
+        return link_bench._HEADER.pack(shape.rows, shape.columns, len(encoded), number, 1) + encoded
+
+    yield Target(
+        name="matrix",
+        samples=[(matrix(number, name), read_matrix) for number, name in enumerate(codecs.CodecName)],
+        kinds=(pb.Matrix,),
+    )
+    yield Target(
+        name="matrix received",
+        samples=[(data, link_bench._parse_answer) for data in filled(pb.MatrixReceived)],
+        kinds=(pb.MatrixReceived,),
+    )
+
+
 def targets_of_manifests(directory: Path) -> Iterator[Target]:
     manifest = Checkpoint.open(Path(tllm.demo.__file__).parent).manifest(model="embedded")
     message = cluster_shards._to_message(manifest)
@@ -453,6 +482,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Target]]:
             *targets_of_the_control_plane(),
             *targets_of_trust(directory / "trust"),
             *targets_of_shards(directory),
+            *targets_of_link_benchmarks(),
             *targets_of_manifests(directory),
         ]
 

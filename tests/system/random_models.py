@@ -1,4 +1,4 @@
-"""Small random models as they are served: their answers, what `transformers` answers on one machine, their speed.
+"""Small models as they are served: their answers, what `transformers` answers on one machine, their speed.
 
 By token ids and in float32: texts of a random model are mostly bytes that are no characters.
 """
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import httpx
 
-from tests.system.processes import Server
+from tests.system.processes import Server, repository
 from tllm.cluster.measure import SpeedCache, speed_key, to_message
 from tllm.core.types import DType
 from tllm.models.checkpoint import Checkpoint
 from tllm.planner.profile import Speed
 
+DEMO = repository() / "src/tllm/demo"  # served where no other model is named
 PROMPT = tuple(b"uneven")
 NUM_TOKENS = 24
 

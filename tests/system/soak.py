@@ -35,6 +35,7 @@ import psutil
 
 from tests.system.machines import Machine, machine
 from tests.system.processes import START_S, Server, alive, poll, serve
+from tests.system.random_models import DEMO, remember_speed
 from tests.system.recovery import Footprint
 from tllm.core.config import split_address
 from tllm.testing.links import Direction, EmulatedLink
@@ -527,6 +528,7 @@ def soak(
     """Everything, from the first process to the last; what is left of it is a violation as well."""
     with ExitStack() as stack:
         state = stack.enter_context(tempfile.TemporaryDirectory(prefix="tllm-head-"))
+        remember_speed(Path(state) / "tllm", DEMO)
         head = stack.enter_context(
             serve(
                 *("--workers", str(num_workers), "--threads", str(num_workers), "--use-all"),
@@ -540,6 +542,8 @@ def soak(
             stack.enter_context(machine(f"m{number}", number, head=split_address(address, default_port=0), token=token))
             for number in range(1, num_machines + 1)
         ]
+        for each in machines:
+            remember_speed(Path(each.environment["XDG_STATE_HOME"]) / "tllm", DEMO)
         running = Soak(head, machines, seed=seed, tell=tell)
         if logs is not None:
             stack.callback(_write_logs, logs, head, machines)

@@ -12,12 +12,14 @@ import httpx
 import pytest
 
 from tests.system.processes import START_S, Server, Tllm, poll, tllm
+from tests.system.random_models import DEMO, remember_speed
 from tests.system.recovery import Stream, follow, in_decode, request
 from tllm.testing.namespaces import Rig, missing, network
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
 KEY = "k-for-tests"
+BOTH = ("--nodes", "2", "--use-all", "--threads", "1")
 SECRET = "Zanzibar-4711-not-for-others"
 
 
@@ -29,6 +31,7 @@ def rig() -> Iterator[Rig]:
 
 @contextmanager
 def head(rig: Rig, *arguments: str, state: Path) -> Iterator[Server]:
+    remember_speed(state / "tllm", DEMO)
     with tllm(
         *("serve", "--host", rig.address("desk"), "--port", "8022", "--grpc-port", "25001", "--api-key", KEY),
         *("--dtype", "float32", *arguments),
@@ -40,7 +43,8 @@ def head(rig: Rig, *arguments: str, state: Path) -> Iterator[Server]:
 
 
 def join(rig: Rig, *arguments: str, state: Path) -> Tllm:
-    return tllm("join", *arguments, before=rig.command("attic"), XDG_STATE_HOME=str(state))
+    remember_speed(state / "tllm", DEMO)
+    return tllm("join", "--threads", "1", *arguments, before=rig.command("attic"), XDG_STATE_HOME=str(state))
 
 
 def in_desk(rig: Rig, ask: Callable[[httpx.Client], object]) -> object:
@@ -70,7 +74,7 @@ def answer(rig: Rig, question: str) -> str:
 def test_what_is_said_between_machines_shows_neither_prompt_nor_answer_nor_hidden_states(rig, tmp_path):
     """Every packet is looked at: nothing of the request is in it, and what there is cannot be compressed."""
     packets: list[bytes] = []
-    with head(rig, "--nodes", "2", "--use-all", state=tmp_path / "desk") as server:
+    with head(rig, *BOTH, state=tmp_path / "desk") as server:
         token = server.wait_for(r"tllm join \S+ --token (\S+)")[1]
         rig.listen_in(packets.append)
         with join(rig, f"{rig.address('desk')}:25001", "--token", token, state=tmp_path / "attic"):
@@ -104,7 +108,7 @@ def test_a_machine_finds_the_head_by_itself_where_multicast_works(rig, tmp_path)
 
 def test_a_cable_that_is_pulled_costs_a_pause_and_one_that_is_put_back_brings_the_node_back(rig, tmp_path):
     """No reset comes from a machine whose cable is out: connections are half open until somebody misses the other."""
-    with head(rig, "--nodes", "2", "--use-all", state=tmp_path / "desk") as server:
+    with head(rig, *BOTH, state=tmp_path / "desk") as server:
         token = server.wait_for(r"tllm join \S+ --token (\S+)")[1]
         with join(rig, f"{rig.address('desk')}:25001", "--token", token, state=tmp_path / "attic"):
             server.wait_for(r"API\s+http")

@@ -16,6 +16,7 @@ from tllm.api.errors import RefusedError, deadline_passed
 from tllm.api.prompts import Prompt
 from tllm.api.sse import together
 from tllm.api.state import ApiState
+from tllm.api.traced import TracedRequest
 from tllm.cluster.deployment import Deployment, Generation, GenerationRequest
 from tllm.core.errors import GenerationError, TllmError
 
@@ -28,6 +29,7 @@ class Call:
 
     request_id: str
     arrived_s: float
+    is_traced: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,8 @@ class Answer:
         self._model = deployment.names[0]
         self._call = call
         self.created = int(time.time())
+        self._all_traced = state.traced
+        self._traced: TracedRequest | None = None
         self.choices: list[Choice] = []
         try:
             for one in asked:
@@ -78,14 +82,24 @@ class Answer:
         except TllmError:
             self.close()
             raise
+        if call.is_traced:
+            generations = [choice.generation for choice in self.choices]
+            self._traced = state.traced.begin(call.request_id, call.arrived_s, generations)
         for one in asked:
             params = one.requests[0].params
             self._metrics.observe_request(self._model, n=len(one.requests), max_tokens=params.max_tokens)
+
+    def called(self, answer_id: str) -> None:
+        """The answer's own id, by which its trace may be asked for."""
+        if self._traced is not None:
+            self._all_traced.call(self._traced, answer_id)
 
     def close(self) -> None:
         """Free everything that still runs."""
         for choice in self.choices:
             choice.generation.cancel()
+            if self._traced is not None:
+                self._traced.end(choice.index)
 
     async def run(self, emit: Emit) -> None:
         """Give every piece of every choice to `emit`, in order within a choice, until all have ended.
@@ -132,6 +146,8 @@ class Answer:
             raise
         finally:
             choice.generation.cancel()
+            if self._traced is not None:
+                self._traced.end(choice.index)
             self._metrics.observe_choice(
                 self._model,
                 reason=reason,

@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from tllm.api.bodies import json_response
 from tllm.api.chat import chat_completions
-from tllm.api.cluster import drain_node, show_cluster, show_joining, undrain_node
+from tllm.api.cluster import LinkBody, bench_link, drain_node, show_cluster, show_joining, undrain_node
 from tllm.api.completions import completions
 from tllm.api.edge import Edge
 from tllm.api.errors import invalid_request, method_not_allowed, not_found, reply_for, unavailable
@@ -27,10 +27,11 @@ from tllm.api.models import list_models, show_model
 from tllm.api.schema import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from tllm.api.state import ApiState
 from tllm.api.tokens import detokenize, tokenize, tokenizer_info
+from tllm.api.traces import trace_request, trace_window
 
 Handler = Callable[[Request, ApiState], Awaitable[Response]]
 
-_BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
+_BODIES: tuple[type[Body], ...] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, LinkBody)
 _SCHEMA_REF = "#/components/schemas/{model}"
 
 
@@ -59,6 +60,9 @@ def create_app(state: ApiState) -> FastAPI:
     _get(app, state, "/tllm/v1/join", show_joining, "Where a node joins.")
     _post(app, state, "/tllm/v1/nodes/{node:path}/drain", drain_node, None, "Take a node out of every plan.")
     _post(app, state, "/tllm/v1/nodes/{node:path}/undrain", undrain_node, None, "Let plans use a node again.")
+    _get(app, state, "/tllm/v1/trace", trace_window, "Where the time goes, for some seconds from now on.")
+    _get(app, state, "/tllm/v1/traces/{request_id:path}", trace_request, "Where a traced request's time went.")
+    _post(app, state, "/tllm/v1/links", bench_link, LinkBody, "Time matrices between two nodes.")
     app.openapi = functools.partial(_document, app)  # type: ignore[method-assign]
     return app
 

@@ -108,6 +108,7 @@ class _ChatWriter:
             "model": body.model or deployment.names[0],
             "system_fingerprint": f"tllm-{version}",
         }
+        answer.called(str(self._head["id"]))
         self._frame_start = dumps({**self._head, "object": "chat.completion.chunk"})[:-1] + ',"choices":['
         self._is_plain = not (self._has_logprobs or self._has_ids or self._has_usage_everywhere)
 

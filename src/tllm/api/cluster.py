@@ -6,18 +6,44 @@ This file does not know how the cluster does any of it.
 
 from __future__ import annotations
 
+import base64
+
 from pydantic import TypeAdapter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tllm.api.bodies import read
 from tllm.api.errors import NEVER_HEALS, ErrorReply, RefusedError, listed, not_found
+from tllm.api.schema import Body, Int
+from tllm.api.sse import while_connected
 from tllm.api.state import ApiState
-from tllm.cluster.status import Cluster, ClusterStatus, Joining, NodeStatus
-from tllm.core.errors import PlanError, RequestError
+from tllm.cluster.status import Cluster, ClusterStatus, Joining, LinkOrder, NodeStatus
+from tllm.core.errors import ConfigError, PlanError, RequestError
+from tllm.core.types import DType
+from tllm.transport.codecs import CodecName, parse_codec_name
+from tllm.transport.link_sweep import LinkSample, Sweep, SweepSettings
 
 _STATUS = TypeAdapter(ClusterStatus)
 _NODE = TypeAdapter(NodeStatus)
 _JOINING = TypeAdapter(Joining)
+_SWEEP = TypeAdapter(Sweep)
+
+
+class LinkBody(Body):
+    """A link to be measured; as `tllm bench link NODE NODE` sends it."""
+
+    source: str
+    target: str
+    rows: tuple[Int, ...]
+    columns: Int
+    dtype: str = DType.BFLOAT16
+    codecs: tuple[str, ...] = tuple(CodecName)
+    repeats: Int = 7
+    seed: Int = 0
+    seconds: float = 30.0
+    sample: str = ""  # base64: rows of hidden states in that dtype
+    sample_width: Int = 0
+    sample_name: str = "sample"
 
 
 async def show_cluster(request: Request, state: ApiState) -> Response:
@@ -46,6 +72,41 @@ async def undrain_node(request: Request, state: ApiState) -> Response:
     except RequestError as error:
         raise RefusedError(_no_such_node(str(error))) from error
     return _shown(cluster, node)
+
+
+async def bench_link(request: Request, state: ApiState) -> Response:
+    cluster, order = _cluster(state), _link_order(await read(LinkBody, request, state))
+    try:
+        found = await while_connected(request.receive, cluster.bench_link(order))
+    except RequestError as error:
+        if error.code == "not_found":
+            raise RefusedError(_no_such_node(str(error))) from error
+        raise
+    return _json(_SWEEP.dump_json(found))
+
+
+def _link_order(body: LinkBody) -> LinkOrder:
+    """Raises RequestError."""
+    try:
+        sample = base64.b64decode(body.sample, validate=True)
+        settings = SweepSettings(
+            rows=body.rows,
+            columns=body.columns,
+            dtype=DType(body.dtype),
+            codecs=tuple(map(parse_codec_name, body.codecs)),
+            repeats=body.repeats,
+            seed=body.seed,
+            budget_s=body.seconds,
+        )
+        width = body.sample_width
+        return LinkOrder(
+            source=body.source,
+            target=body.target,
+            settings=settings,
+            sample=LinkSample(name=body.sample_name, data=sample, width=width) if sample else None,
+        )
+    except (ValueError, ConfigError) as error:  # neither base64 nor a dtype are our errors
+        raise RequestError(str(error)) from error
 
 
 def _cluster(state: ApiState) -> Cluster:

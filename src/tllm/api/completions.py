@@ -124,6 +124,7 @@ class _CompletionWriter:
             "model": body.model or deployment.names[0],
             "system_fingerprint": f"tllm-{version}",
         }
+        answer.called(str(self._head["id"]))
         self._frame_start = dumps(self._head)[:-1] + ',"choices":['
 
     def _preface(self, choice: Choice) -> str:

@@ -14,6 +14,7 @@ import logging
 import re
 import secrets
 import time
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.responses import Response
@@ -26,9 +27,11 @@ from tllm.api.guard import cors_headers, preflight_headers, refuse_keyless, refu
 from tllm.api.metrics import UNMATCHED
 from tllm.api.sse import reply_for_any
 from tllm.api.state import ApiState
+from tllm.api.traced import TracedRequests
 
 logger = logging.getLogger(__name__)
 
+TRACE_HEADER = "x-tllm-trace"  # in a request, "1"; in its answer, where the trace will be
 CLIENT_CLOSED = 499  # never sent: the client is gone; it counts such requests apart from answered ones
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _SLASHES = re.compile(r"/{2,}")
@@ -58,10 +61,11 @@ class Edge:
         call = Call(
             request_id=asked_id if _REQUEST_ID.fullmatch(asked_id) else f"req_{secrets.token_hex(12)}",
             arrived_s=time.perf_counter(),
+            is_traced=headers.get(TRACE_HEADER, "") not in ("", "0"),
         )
         scope[CALL_KEY] = call
         scope["path"] = canonical_path(scope["path"])
-        sender = _Sender(send, call, cors_headers(headers, self._state))
+        sender = _Sender(send, call, cors_headers(headers, self._state), self._state.traced)
         status = CLIENT_CLOSED
         try:
             await self._answer(scope, receive, sender, headers)
@@ -93,10 +97,11 @@ class Edge:
 class _Sender:
     """Adds the headers that every response has, and remembers its status (0: none was sent)."""
 
-    def __init__(self, send: Send, call: Call, extra: list[tuple[str, str]]) -> None:
+    def __init__(self, send: Send, call: Call, extra: list[tuple[str, str]], traced: TracedRequests) -> None:
         self._send = send
         self._call = call
         self._extra = extra
+        self._traced = traced
         self.status = 0
 
     async def __call__(self, message: Message) -> None:
@@ -108,6 +113,8 @@ class _Sender:
                 ("openai-processing-ms", str(elapsed_ms)),
                 *self._extra,
             ]
+            if self._call.is_traced and self._traced.find(self._call.request_id) is not None:
+                added.append((TRACE_HEADER, f"/tllm/v1/traces/{quote(self._call.request_id, safe='')}"))
             message["headers"] = [
                 *message.get("headers", ()),
                 *((name.encode("latin-1"), value.encode("latin-1")) for name, value in added),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from tllm.api.errors import ModelNotFoundError, listed, unavailable
 from tllm.api.metrics import Metrics
+from tllm.api.traced import TracedRequests
 from tllm.cluster.deployment import Deployment, DeploymentState
 from tllm.cluster.status import Cluster
 from tllm.core.errors import RequestError
@@ -57,6 +58,7 @@ class ApiState:
     limits: Limits = Limits()
     default_seed: int | None = None  # of requests that bring none; None draws one for each
     metrics: Metrics = field(default_factory=Metrics)
+    traced: TracedRequests = field(default_factory=TracedRequests)
     draining: bool = False
     noted_fields: set[str] = field(default_factory=set)
 

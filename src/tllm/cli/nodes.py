@@ -67,12 +67,13 @@ def local_url() -> str:
     return urls[0] if urls else f"http://127.0.0.1:{DEFAULT_HTTP_PORT}"
 
 
-def ask(client: httpx.Client, method: str, path: str) -> httpx.Response:
-    """The answer to one question. Raises TransportError, or UnavailableError in the words of the server."""
+def ask(client: httpx.Client, method: str, path: str, body: object = None) -> httpx.Response:
+    """The answer to one question, with `body` as JSON. Raises TransportError, or UnavailableError in the words of the
+    server."""
     import httpx
 
     try:
-        response = client.request(method, path)
+        response = client.request(method, path, json=body)
     except httpx.HTTPError as error:
         raise TransportError(
             f"No answer from {client.base_url}. Check that a server runs there; another one is named with "

@@ -28,6 +28,7 @@ from functools import partial
 
 from tllm import __version__
 from tllm.cluster.enrolled import Place
+from tllm.cluster.link_bench import carry_out
 from tllm.cluster.machine import (
     free_bytes,
     local_host_towards,
@@ -44,6 +45,7 @@ from tllm.core.errors import RefusedError, TllmError, TransportError
 from tllm.core.types import HEAD
 from tllm.transport import rpc
 from tllm.transport import wire_pb2 as pb
+from tllm.transport.link_bench import LinkBench
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +104,7 @@ class Agent:
             if self._listen_host:
                 addresses.append(join_address(self._listen_host, self._port(0)))
             server = rpc.Server(
-                [rpc.ShardService(self._store)],
+                [rpc.ShardService(self._store), LinkBench()],
                 identity=self._identity,
                 liveness=rpc.Liveness.of(self._deadlines),
             )
@@ -201,6 +203,8 @@ class Agent:
                     self._in_background(self._measure(message.measure), "measure")
                 case "measure_link":
                     self._in_background(self._measure_link(message.measure_link), "measure link")
+                case "bench_link":
+                    self._in_background(self._bench_link(message.bench_link), "bench link")
                 case "shutdown":
                     await self._stop_workers()
                     return message.shutdown
@@ -229,6 +233,10 @@ class Agent:
         """Orders to one worker are carried out one after the other; those to different workers side by side."""
         if order.WhichOneof("order") == "stop":  # whatever it was doing
             self._in_background(self._stop_worker(order.worker_id), f"stop {order.worker_id}")
+            return
+        if order.WhichOneof("order") == "trace":  # answered beside whatever it does
+            if (known := self._workers.get(order.worker_id)) is not None:
+                await known.order(order)
             return
         if order.worker_id not in self._orders:
             if order.WhichOneof("order") != "load":
@@ -405,6 +413,13 @@ class Agent:
             except (TllmError, TimeoutError) as error:
                 measured.failed = str(error) or f"no answer within {self._deadlines.measure_s:g} s"
             await self._send(pb.AgentMessage(measured_link=measured))
+
+    async def _bench_link(self, order: pb.BenchLink) -> None:
+        """Other measurements take their turns between two matrices: one that waited for all of them would be late."""
+        addresses = [self._address] if order.node_id == HEAD else list(order.addresses)
+        liveness = rpc.Liveness.of(self._deadlines)
+        benched = await carry_out(order, addresses, identity=self._identity, turn=self._measuring, liveness=liveness)
+        await self._send(pb.AgentMessage(benched_link=benched))
 
     def _own_profile(self) -> pb.NodeProfile:
         config = self._config

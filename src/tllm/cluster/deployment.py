@@ -21,6 +21,7 @@ from tllm.planner.plan import Plan
 from tllm.scheduler.scheduler import Scheduler, SchedulerConfig, SequenceRequest
 from tllm.text.template import ChatTemplate
 from tllm.text.tokenizer import Tokenizer
+from tllm.transport.journal import Journal
 
 __all__ = [
     "Deployment",
@@ -107,6 +108,7 @@ class Deployment:
         self._epoch = Epoch(0)
         self._scheduler: Scheduler | None = None
         self._driver: Driver | None = None
+        self.journal = Journal()  # of every step of every pipeline
 
     async def serve(self, pipeline: Pipeline) -> str:
         """Answer requests over `pipeline` until it breaks; why it did. A bug of the head itself is raised.
@@ -167,7 +169,7 @@ class Deployment:
                 ),
                 epoch=pipeline.epoch,
             )
-            self._driver = Driver(self._scheduler)
+            self._driver = Driver(self._scheduler, journal=self.journal)
         else:
             updates = self._scheduler.reset(
                 pipeline.epoch, pipeline.kv.num_blocks, max_steps_in_flight=num_steps, prefill_chunk=prefill_chunk

@@ -20,9 +20,10 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from tllm.core.errors import FrameError, GenerationError, TllmError, TransportError
-from tllm.core.types import FinishReason, Sampled, Score, SequenceId, StepFailed, StepResult, TokenId
+from tllm.core.types import FinishReason, Sampled, Score, SequenceId, Step, StepFailed, StepId, StepResult, TokenId
 from tllm.scheduler.scheduler import Scheduler, SequenceRequest, Update
 from tllm.transport.base import Link, StepFrame
+from tllm.transport.journal import Journal, Point
 from tllm.transport.rpc import Inbox
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Generation:
         self._wake = asyncio.Event()
         self.ended = asyncio.Event()
         self._arrived_s = now_s
+        self.first_step: StepId | None = None  # that it was in
         self._scheduled_s: float | None = None
         self._first_token_s: float | None = None
         self._last_token_s: float | None = None
@@ -140,9 +142,15 @@ class Generation:
         self._has_pending = True
         self._wake.set()
 
-    def scheduled(self, now_s: float) -> None:
-        """The driver's side: its first chunk is on its way."""
-        self._scheduled_s = self._scheduled_s or now_s
+    @property
+    def arrived_s(self) -> float:
+        """When it was submitted, on the driver's clock."""
+        return self._arrived_s
+
+    def scheduled(self, now_s: float, step: StepId) -> None:
+        """The driver's side: a chunk of it is on its way."""
+        if self._scheduled_s is None:
+            self._scheduled_s, self.first_step = now_s, step
 
     def fail(self, error: TllmError) -> None:
         """The driver's side: no more will come."""
@@ -155,9 +163,12 @@ class Generation:
 class Driver:
     """One pipeline's requests. All methods belong to the event loop's thread."""
 
-    def __init__(self, scheduler: Scheduler, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, scheduler: Scheduler, *, clock: Callable[[], float] = time.perf_counter, journal: Journal | None = None
+    ) -> None:
         self._scheduler = scheduler
         self._clock = clock
+        self._journal = journal or Journal(1, clock=clock)
         self._generations: dict[SequenceId, Generation] = {}
         self._work = asyncio.Event()
         self._num_prompt_tokens = 0
@@ -227,11 +238,7 @@ class Driver:
 
     async def _send_steps(self, link: Link) -> None:
         """All steps that can be made now. Links take messages in the order of the calls, so both tasks may do this."""
-        while (step := self._scheduler.schedule()) is not None:
-            now_s = self._clock()
-            for chunk in step.chunks:
-                if (generation := self._generations.get(chunk.seq)) is not None:
-                    generation.scheduled(now_s)
+        while (step := self._schedule()) is not None:
             self._num_steps += 1
             try:
                 await link.send(StepFrame(step=step))
@@ -239,8 +246,23 @@ class Driver:
                 failed = StepFailed(step=step.id, epoch=step.epoch, layers=(0, 0), reason=str(error))
                 self.deliver(self._scheduler.fail(failed))
 
+    def _schedule(self) -> Step | None:
+        began_s = self._clock()
+        if (step := self._scheduler.schedule()) is None:
+            return None
+        now_s = self._clock()
+        for chunk in step.chunks:
+            if (generation := self._generations.get(chunk.seq)) is not None:
+                generation.scheduled(now_s, step.id)
+        self._journal.mark(step.epoch, step.id, Point.SCHEDULING, began_s)
+        self._journal.mark(step.epoch, step.id, Point.SCHEDULED, now_s)
+        self._journal.describe(step.epoch, step.id, tuple([(chunk.seq, len(chunk.tokens)) for chunk in step.chunks]))
+        return step
+
     async def _receive(self, link: Link, inbox: Inbox) -> None:
+        journal = self._journal
         async for message in inbox:
+            journal.mark_message(message, Point.COMPLETING)
             if isinstance(message, StepResult):
                 updates = self._scheduler.complete(message)
             elif isinstance(message, StepFailed):
@@ -248,12 +270,14 @@ class Driver:
                 updates = self._scheduler.fail(message)
             else:
                 raise TransportError("The last stage sent a step instead of a result.")
+            journal.mark_message(message, Point.COMPLETED)
             # The next step leaves before anybody reads of this one: cores wait for steps, people for tokens. What the
             # scheduler has counted is delivered in any case, or a stream that goes on elsewhere would miss it.
             try:
                 await self._send_steps(link)
             finally:
                 self.deliver(updates)
+                journal.mark_message(message, Point.DELIVERED)
         raise TransportError("The last stage closed its stream.")
 
     def deliver(self, updates: tuple[Update, ...]) -> None:

@@ -17,7 +17,9 @@ from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
+from tllm.cluster import link_bench
 from tllm.cluster.agent import Agent
+from tllm.cluster.collecting import collect
 from tllm.cluster.deployment import Deployment
 from tllm.cluster.discovery import Advertiser
 from tllm.cluster.events import (
@@ -39,7 +41,8 @@ from tllm.cluster.membership import Member, Membership
 from tllm.cluster.placement import Placement
 from tllm.cluster.rollout import Home, Pipeline, Rollout
 from tllm.cluster.shards import ShardStore
-from tllm.cluster.status import ClusterStatus, Joining, NodeStatus, StageStatus
+from tllm.cluster.status import ClusterStatus, Joining, LinkOrder, NodeStatus, StageStatus
+from tllm.cluster.tracing import SequenceRecord, Trace
 from tllm.core.config import (
     EMBEDDED_MODEL,
     ModelConfig,
@@ -55,6 +58,8 @@ from tllm.models.checkpoint import Checkpoint
 from tllm.models.repository import resolve_headers, resolve_model
 from tllm.planner.plan import Plan
 from tllm.transport import rpc
+from tllm.transport.link_bench import LinkBench
+from tllm.transport.link_sweep import Sweep
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +126,7 @@ class Head:
                     stages,
                     rpc.Enrolment(self._authority, self._tokens),
                     rpc.ShardService(store),
+                    LinkBench(),
                 ],
                 identity=identity,
                 liveness=rpc.Liveness.of(deadlines),
@@ -161,7 +167,13 @@ class Head:
                 checkpoint=self.checkpoint,
                 dtype=self.dtype,
                 config=config.model,
-                home=Home(stages=stages, identity=identity, machine=machine_id(), host=config.host),
+                home=Home(
+                    stages=stages,
+                    identity=identity,
+                    machine=machine_id(),
+                    host=config.host,
+                    journal=self.deployment.journal,
+                ),
                 deadlines=deadlines,
                 observe=self._observe,
             )
@@ -408,6 +420,41 @@ class Head:
         member, membership = self._find(node)
         member.draining = False
         membership.tell()
+
+    async def trace(self, began_s: float, ended_s: float, sequences: tuple[SequenceRecord, ...] = ()) -> Trace:
+        """As in `status.Cluster`."""
+        members = self._membership.members if self._membership is not None else ()
+        return await collect(
+            self.deployment.journal,
+            [worker for member in members if member.attached for worker in member.workers.values()],
+            machine=machine_id(),
+            node=HEAD,
+            num_layers=self.checkpoint.spec.num_layers,
+            began_s=began_s,
+            ended_s=ended_s,
+            sequences=sequences,
+        )
+
+    async def bench_link(self, order: LinkOrder) -> Sweep:
+        """As in `status.Cluster`."""
+        source, target = (None if node == HEAD else self._find(node)[0] for node in (order.source, order.target))
+        if source is target:
+            raise RequestError("A link has two different ends.", param="target")
+        try:
+            if source is None:
+                assert target is not None
+                return await link_bench.run(
+                    order.settings,
+                    order.sample,
+                    target.addresses,
+                    identity=self._authority.identity(HEAD),
+                    peer=target.profile.id,
+                    liveness=rpc.Liveness.of(self._config.deadlines),
+                )
+            return await link_bench.ask(source, target, order)
+        except (TransportError, TimeoutError) as error:
+            why = str(error) or "it is too slow to measure"
+            raise UnavailableError(f"The link was not measured: {why}.", state="degraded") from error
 
     def _find(self, node: str) -> tuple[Member, Membership]:
         membership = self._membership

@@ -4,6 +4,8 @@ A speed is timed on shards of a model of zeros (`models/synthetic.py`), each bec
 
     no layer, no head      what every step costs          r = 1, 4, 16 decodes; 64, 256 rows of a prompt
     n layers, no head      a layer: what is more, by n    the same steps
+    n layers, no head      attention: what a long context    4 decodes, 256 rows of a prompt; less the same in turns
+                           takes beyond a short one          after few positions
     k layers and head      the head: a step that samples r rows, less the same step that samples none, in turns
 
 n and k are so many that the weights do not stay in the processor's cache where the whole model's would not. Of a large
@@ -58,6 +60,7 @@ from tllm.models.families import find_family, read_spec
 from tllm.models.slicing import held_bytes, layer_weights
 from tllm.models.spec import ModelSpec, Shard
 from tllm.models.synthetic import shortened, write_zeros
+from tllm.planner.cost import chunk_attention_s, decode_attention_s
 from tllm.planner.profile import Speed
 from tllm.transport import wire_pb2 as pb
 
@@ -67,17 +70,21 @@ Clock = Callable[[], float]
 
 BUDGET_S: Final = 8.0
 _KEPT_S: Final = 24 * 3600.0
+_KEY_VERSION: Final = 2  # of what is measured: another one asks again
 
 _DECODES: Final = (1, 4, 16)
 _PREFILLS: Final = (64, 256)
 _ROWS: Final = (*_DECODES, *_PREFILLS)
 _CONTEXT: Final = 128  # positions before a decode
+_LONG_CONTEXT: Final = 2048  # where attention is measured; less for models that do not take so long a one
+_LONG_DECODES: Final = 4
 _BLOCK_SIZE: Final = 16
 _UNCACHED_BYTES: Final = 512 << 20  # more than most processors keep
 _HEAD_BYTES: Final = 256 << 20  # of a head that are measured at most
 
-_LAYERS_SHARE: Final = 0.6  # of the budget: until then layers are timed, after that the head,
-_LEAST_SHARE: Final = 0.2  # each for as long as that however long loading took
+_LAYERS_SHARE: Final = 0.5  # of the budget: until then layers are timed, after that attention,
+_ATTENTION_SHARE: Final = 0.7  # after that the head,
+_LEAST_SHARE: Final = 0.15  # each for as long as that however long loading took
 _MIN_TURNS: Final = 5
 _MAX_TURNS: Final = 100
 _ENOUGH_S: Final = 0.8  # beyond the least number, repeat for so long
@@ -143,15 +150,16 @@ def _measure(bench: _Bench, full: ModelSpec, num_layers: int, began: float, budg
     num_layers = max(1, min(num_layers, spare // bench.layer_bytes))
     bench.become(_part(num_layers))
     stages_s = bench.plain_s(_ROWS[: len(steps_s)], until(_LAYERS_SHARE))
+    read_s, pair_s = (seconds / num_layers for seconds in bench.attention_s(until(_ATTENTION_SHARE)))
     # What a step of many rows costs beyond one of a single row is in the layers too, so that the whole model is right.
     layers_s = [
-        max(0.0, (stage_s - step_s) / num_layers + (step_s - steps_s[0]) / full.num_layers)
-        for stage_s, step_s in zip(stages_s, steps_s, strict=False)
+        max(0.0, (stage_s - step_s) / num_layers + (step_s - steps_s[0]) / full.num_layers - attention_s)
+        for stage_s, step_s, attention_s in zip(stages_s, steps_s, bench.contexts_s(read_s, pair_s), strict=False)
     ]
     uncached = math.ceil((_UNCACHED_BYTES - bench.head_bytes) / bench.layer_bytes)
     affordable = max(0, spare - bench.head_bytes) // bench.layer_bytes
     bench.become(_part(max(0, min(num_layers, uncached, affordable)), head=True))
-    heads_s = bench.heads_s(_DECODES, until((1 + _LAYERS_SHARE) / 2))
+    heads_s = bench.heads_s(_DECODES, until((1 + _ATTENTION_SHARE) / 2))
     if len(heads_s) == len(_DECODES):
         bench.become(_part(0, head=True))  # many rows: arithmetic takes longer than the weights' way from memory
         heads_s += bench.heads_s(_PREFILLS, until(1.0))
@@ -164,6 +172,8 @@ def _measure(bench: _Bench, full: ModelSpec, num_layers: int, began: float, budg
         layer_s=tuple(layers_s[:num_rows]),
         head_s=tuple(seconds * full.vocab_size / bench.vocab_size for seconds in heads_s[:num_rows]),
         step_s=max(0.0, steps_s[0]),
+        read_s=read_s,
+        pair_s=pair_s,
     )
 
 
@@ -178,7 +188,8 @@ class _Case:
 class _Bench:
     """One engine, the shards it becomes, and the steps it is timed with.
 
-    Blocks: nine for each of the decoding sequences, eight of them its context, then those of prompts.
+    Blocks: nine for each of the decoding sequences, eight of them its context, then those of prompts; or as many for
+    each of fewer sequences with a long context.
     """
 
     def __init__(
@@ -200,6 +211,8 @@ class _Bench:
         num_prompts = math.ceil(max(_PREFILLS) / self._prompt_length)
         prompt_blocks = num_prompts * math.ceil(self._prompt_length / _BLOCK_SIZE)
         self._num_blocks = max(max(_DECODES) * self._stride + prompt_blocks, max(_PREFILLS))
+        longest = min(_LONG_CONTEXT, spec.max_positions - self._prompt_length)
+        self._num_long_blocks = max(0, longest // _BLOCK_SIZE)
         self.vocab_size = spec.vocab_size
         self.layer_bytes = _layer_bytes(spec, dtype, quantization)
         self.head_bytes = checkpoint.weight_bytes(_part(0, head=True), dtype, quantization)
@@ -217,6 +230,34 @@ class _Bench:
             for rows in every
         ]
         return [statistics.median(seconds for (seconds,) in turns) for turns in self._turns(cases, until)]
+
+    def attention_s(self, until: float) -> tuple[float, float]:
+        """Seconds of all the shard's layers for one position of KV in decodes, and for a row and a position in a
+        prompt; 0 and 0 where there is no time, no memory or no long context."""
+        num_rows, num_positions = self._prompt_length, self._num_long_blocks * _BLOCK_SIZE
+        num_more = num_positions - self._num_context_blocks * _BLOCK_SIZE
+        if num_more < num_positions // 2 or self._num_prompt_blocks < _LONG_DECODES or not self._grow():
+            return 0.0, 0.0
+        cases = [
+            _Case(rows=_LONG_DECODES, steps=(self._step(self._short_decodes()), self._step(self._long_decodes()))),
+            _Case(rows=num_rows, steps=(self._step(self._short_prompt()), self._step(self._long_prompt()))),
+        ]
+        more_s = [max(0.0, statistics.median(b - a for a, b in turns)) for turns in self._turns(cases, until)]
+        if len(more_s) < len(cases):
+            return 0.0, 0.0
+        self._prepare()
+        return more_s[0] / (_LONG_DECODES * num_positions), more_s[1] / (num_rows * num_positions)
+
+    def contexts_s(self, read_s: float, pair_s: float) -> list[float]:
+        """A layer's attention in the steps of `plain_s`."""
+        attention = Speed(rows=(1,), layer_s=(0.0,), head_s=(0.0,), step_s=0.0, read_s=read_s, pair_s=pair_s)
+        context = self._num_context_blocks * _BLOCK_SIZE
+        decodes = [decode_attention_s(attention, rows, context) for rows in _DECODES]
+        prompts = [
+            sum(chunk_attention_s(attention, 0, len(chunk.tokens)) for chunk in self._prompts(rows))
+            for rows in _PREFILLS
+        ]
+        return [*decodes, *prompts]
 
     def heads_s(self, every: Sequence[int], until: float) -> list[float]:
         """Seconds that a step of so many rows takes longer when all of them are sampled; as far as there is time."""
@@ -266,6 +307,49 @@ class _Bench:
             targets = [BlockId(i) for i in blocks if i % self._stride < self._num_context_blocks]
             copies = tuple(BlockCopy(source=BlockId(0), target=target, length=_BLOCK_SIZE) for target in targets)
             self._forward(*self._step((), copies))
+
+    def _grow(self) -> bool:
+        """Long contexts, all of them copies of the first block, in place of what there was; whether they fit. Behind
+        them is room for a prompt that has no context."""
+        num_blocks = _LONG_DECODES * self._long_stride + self._num_prompt_blocks
+        try:
+            self.engine.allocate(num_blocks, _BLOCK_SIZE)
+        except EngineError:
+            self._prepare()
+            return False
+        self._forward(*self._step((_chunk(0, 0, _BLOCK_SIZE, range(1), sampled=False),)))
+        targets = [BlockId(i) for i in range(1, num_blocks)]
+        copies = tuple(BlockCopy(source=BlockId(0), target=target, length=_BLOCK_SIZE) for target in targets)
+        self._forward(*self._step((), copies))
+        return True
+
+    @property
+    def _num_prompt_blocks(self) -> int:
+        return math.ceil(self._prompt_length / _BLOCK_SIZE)
+
+    @property
+    def _long_stride(self) -> int:
+        return self._num_long_blocks + self._num_prompt_blocks
+
+    def _long_decodes(self) -> tuple[Chunk, ...]:
+        start = self._num_long_blocks * _BLOCK_SIZE
+        firsts = range(0, _LONG_DECODES * self._long_stride, self._long_stride)
+        return tuple(
+            _chunk(i, start, 1, range(first, first + self._num_long_blocks + 1), sampled=False)
+            for i, first in enumerate(firsts)
+        )
+
+    def _long_prompt(self) -> tuple[Chunk, ...]:
+        start, blocks = self._num_long_blocks * _BLOCK_SIZE, range(self._long_stride)
+        return (_chunk(0, start, self._prompt_length, blocks, sampled=False),)
+
+    def _short_decodes(self) -> tuple[Chunk, ...]:
+        first = _LONG_DECODES * self._long_stride
+        return tuple(_chunk(i, 0, 1, range(first + i, first + i + 1), sampled=False) for i in range(_LONG_DECODES))
+
+    def _short_prompt(self) -> tuple[Chunk, ...]:
+        first = _LONG_DECODES * self._long_stride
+        return (_chunk(0, 0, self._prompt_length, range(first, first + self._num_prompt_blocks), sampled=False),)
 
     def _forward(self, step: Step, hidden: Activation) -> float:
         began = self.clock()
@@ -361,7 +445,7 @@ def speed_key(
     for name in ("family", "max_positions", "norm_eps", "attention_scale", "tied"):
         del shape[name]
     shape["positions"] = type(spec.positions).__name__
-    depends_on = [shape, dtype.value, str(quantization), device, num_threads, engine, tllm.__version__]
+    depends_on = [_KEY_VERSION, shape, dtype.value, str(quantization), device, num_threads, engine, tllm.__version__]
     return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
 
 
@@ -435,7 +519,14 @@ def _framework_version() -> str:
 def _read_speed(content: object) -> Speed:
     """Raises ValueError for anything that is no speed."""
     match content:
-        case {"rows": [*rows], "layer_s": [*layer_s], "head_s": [*head_s], "step_s": step_s}:
+        case {
+            "rows": [*rows],
+            "layer_s": [*layer_s],
+            "head_s": [*head_s],
+            "step_s": step_s,
+            "read_s": read_s,
+            "pair_s": pair_s,
+        }:
             pass
         case _:
             raise ValueError("a field is missing")
@@ -443,14 +534,28 @@ def _read_speed(content: object) -> Speed:
         raise ValueError(f"rows are {rows[:8]} and must be whole numbers from 1 on")
     if any(left >= right for left, right in pairwise(rows)) or not len(rows) == len(layer_s) == len(head_s):
         raise ValueError(f"rows are {rows[:8]} and must ascend, with a layer's and a head's seconds for each")
-    for seconds in (*layer_s, *head_s, step_s):
+    for seconds in (*layer_s, *head_s, step_s, read_s, pair_s):
         if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
             raise ValueError(f"{seconds!r} are no seconds")
-    return Speed(rows=tuple(rows), layer_s=tuple(layer_s), head_s=tuple(head_s), step_s=step_s)
+    return Speed(
+        rows=tuple(rows),
+        layer_s=tuple(layer_s),
+        head_s=tuple(head_s),
+        step_s=step_s,
+        read_s=read_s,
+        pair_s=pair_s,
+    )
 
 
 def to_message(speed: Speed) -> pb.Speed:
-    return pb.Speed(rows=speed.rows, layer_s=speed.layer_s, head_s=speed.head_s, step_s=speed.step_s)
+    return pb.Speed(
+        rows=speed.rows,
+        layer_s=speed.layer_s,
+        head_s=speed.head_s,
+        step_s=speed.step_s,
+        read_s=speed.read_s,
+        pair_s=speed.pair_s,
+    )
 
 
 def from_message(message: pb.Speed) -> Speed:
@@ -460,6 +565,8 @@ def from_message(message: pb.Speed) -> Speed:
         "layer_s": list(message.layer_s),
         "head_s": list(message.head_s),
         "step_s": message.step_s,
+        "read_s": message.read_s,
+        "pair_s": message.pair_s,
     }
     try:
         return _read_speed(content)

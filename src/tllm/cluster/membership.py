@@ -58,6 +58,7 @@ class WorkerHandle:
         self.engaged = False  # part of a pipeline
         self.stopping = False
         self._number = 0  # of the load order that is waited for; 0: none
+        self._traced: dict[int, asyncio.Future[tuple[pb.Traced, float]]] = {}  # by the number of the question
         self._epoch = 0
         self.last_epoch = 0  # that it served, for this head or one before
         self._on_loading: Callable[[pb.Loading], None] = lambda loading: None
@@ -91,8 +92,31 @@ class WorkerHandle:
         order.worker_id = self.id
         await self.member.send(pb.HeadMessage(worker=order))
 
+    async def trace(self, question: pb.Trace, timeout_s: float) -> tuple[pb.Traced, float]:
+        """What it noted, and when the answer came, on `time.perf_counter`. Raises TransportError when the node cannot
+        be reached, WorkerLostError when its process is gone, TimeoutError."""
+        question.number = next(_order_numbers)
+        answer: asyncio.Future[tuple[pb.Traced, float]] = asyncio.get_running_loop().create_future()
+        self._traced[question.number] = answer
+        try:
+            await self.order(pb.WorkerOrder(trace=question))
+            either: set[asyncio.Future[Any]] = {answer, self.exited, self.member.unreachable}
+            await asyncio.wait(either, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return answer.result()
+            if self.exited.done():
+                raise WorkerLostError("its process is gone")
+            if self.member.unreachable.done():
+                raise TransportError(f"it cannot be reached: {self.member.reason}")
+            raise TimeoutError(f"it did not answer within {timeout_s:g} s")
+        finally:
+            del self._traced[question.number]
+
     def take(self, event: pb.WorkerEvent) -> None:
         match event.WhichOneof("event"):
+            case "traced":
+                if (asked := self._traced.get(event.traced.number)) is not None:
+                    _answer(asked, (event.traced, time.perf_counter()))
             case "loading":
                 self._on_loading(event.loading)
             case "loaded" if event.loaded.number == self._number:  # others answer an earlier task
@@ -143,6 +167,11 @@ class WorkerHandle:
             if not future.done():
                 future.set_exception(WorkerLostError(reason))
                 future.exception()  # seen: nobody may be waiting any more
+
+
+def bench_key(number: int) -> str:
+    """What the answer to a link benchmark is waited for under: nodes are no numbers."""
+    return f"bench {number}"
 
 
 def _answer(future: asyncio.Future[T], value: T) -> None:
@@ -257,6 +286,8 @@ class Member:
                 self._answer(message.measured.key, message)
             case "measured_link":
                 self._answer(message.measured_link.node_id, message)
+            case "benched_link":
+                self._answer(bench_key(message.benched_link.number), message)
             case "heartbeat":
                 self.free_bytes = message.heartbeat.free_bytes
                 number, sent_s = self._beat

@@ -32,6 +32,7 @@ from tllm.planner.profile import NodeProfile
 from tllm.transport import rpc, wire
 from tllm.transport import wire_pb2 as pb
 from tllm.transport.base import FrameLimits
+from tllm.transport.journal import Journal
 
 T = TypeVar("T")
 
@@ -57,6 +58,7 @@ class Home:
     identity: rpc.Identity
     machine: str
     host: str  # that it listens on, which other machines reach; loopback when none can
+    journal: Journal | None = None  # told when frames leave and arrive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,7 +286,7 @@ class Rollout:
             vocab_size=spec.vocab_size,
         )
         nodes = [stage.node for stage in plan.stages]
-        inbox = self._home.stages.expect(limits, sender=nodes[-1].id)
+        inbox = self._home.stages.expect(limits, sender=nodes[-1].id, journal=self._home.journal)
         for index in reversed(range(len(workers))):
             start = pb.Start(
                 limits=wire.pack_limits(limits),
@@ -311,6 +313,7 @@ class Rollout:
                 peer=nodes[0].id,
                 timeout_s=self._deadlines.connect_s,
                 liveness=rpc.Liveness.of(self._deadlines),
+                journal=self._home.journal,
             )
         except TransportError:
             workers[0].member.strike("the head could not connect to its worker", at_once=True)

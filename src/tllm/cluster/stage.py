@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from concurrent.futures import Executor
-from dataclasses import replace
 
 from tllm.core.errors import TransportError
-from tllm.core.types import Activation, StageTiming, StepFailed
+from tllm.core.types import Activation, StepFailed
 from tllm.engines.base import Engine
 from tllm.models.spec import Shard
 from tllm.transport.base import Link, StageMessage, StepFrame
+from tllm.transport.journal import Journal, Point
 from tllm.transport.rpc import Inbox
 
 log = logging.getLogger(__name__)
@@ -28,22 +27,26 @@ log = logging.getLogger(__name__)
 _QUEUE_STEPS = 64  # received or computed and not yet passed on; the head keeps far fewer in flight
 
 
-async def run_stage(engine: Engine, shard: Shard, inbox: Inbox, link: Link, compute_thread: Executor) -> None:
-    """Until cancelled. Raises TransportError when a neighbour is lost; the engine is then between two steps."""
-    received: asyncio.Queue[tuple[StageMessage, float]] = asyncio.Queue(_QUEUE_STEPS)
+async def run_stage(
+    engine: Engine, shard: Shard, inbox: Inbox, link: Link, compute_thread: Executor, journal: Journal | None = None
+) -> None:
+    """Until cancelled. Raises TransportError when a neighbour is lost; the engine is then between two steps. `journal`
+    is told when a step is computed."""
+    journal = journal or Journal(1)
+    received: asyncio.Queue[StageMessage] = asyncio.Queue(_QUEUE_STEPS)
     computed: asyncio.Queue[StageMessage] = asyncio.Queue(_QUEUE_STEPS)
     loop = asyncio.get_running_loop()
 
     async def receive() -> None:
         async for message in inbox:
-            await received.put((message, time.perf_counter()))
+            await received.put(message)
         raise TransportError("the stage before this one closed its stream")
 
     async def compute() -> None:
         while True:
-            message, arrived_s = await received.get()
+            message = await received.get()
             if isinstance(message, StepFrame):
-                message = await loop.run_in_executor(compute_thread, _step, engine, shard, message, arrived_s)
+                message = await loop.run_in_executor(compute_thread, _step, engine, shard, message, journal)
             await computed.put(message)
 
     async def send() -> None:
@@ -61,19 +64,16 @@ async def run_stage(engine: Engine, shard: Shard, inbox: Inbox, link: Link, comp
         raise TransportError("; ".join(str(error) for error in group.exceptions)) from group
 
 
-def _step(engine: Engine, shard: Shard, frame: StepFrame, arrived_s: float) -> StageMessage:
+def _step(engine: Engine, shard: Shard, frame: StepFrame, journal: Journal) -> StageMessage:
     """One of the two places that catch everything: whatever a step raises becomes its answer."""
-    step, began_s = frame.step, time.perf_counter()
+    step = frame.step
+    journal.mark(step.epoch, step.id, Point.BEGAN)
     try:
         outcome = engine.forward(step, frame.hidden)
     except Exception as error:
         log.exception("step %d failed", step.id)
         layers = (shard.first_layer, shard.last_layer)
         return StepFailed(step=step.id, epoch=step.epoch, layers=layers, reason=f"{type(error).__name__}: {error}")
-    timing = StageTiming(
-        first_layer=shard.first_layer, wait_s=began_s - arrived_s, compute_s=time.perf_counter() - began_s
-    )
-    timings = (*frame.timings, timing)
-    if isinstance(outcome, Activation):
-        return StepFrame(step=step, hidden=outcome, timings=timings)
-    return replace(outcome, timings=timings)
+    finally:
+        journal.mark(step.epoch, step.id, Point.ENDED)
+    return StepFrame(step=step, hidden=outcome) if isinstance(outcome, Activation) else outcome

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from tllm.cluster.tracing import SequenceRecord, Trace
+from tllm.core.errors import ConfigError
+from tllm.transport.link_sweep import MAX_SAMPLE_BYTES, LinkSample, Sweep, SweepSettings
+
 
 class NodeState(StrEnum):
     READY = "ready"
@@ -68,6 +72,22 @@ class Joining:
     fingerprint: str  # hex, of the head's public key, as join tokens pin it
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkOrder:
+    """A link to be measured, between two nodes by id or name, or `head`. Raises ConfigError for too large a sample."""
+
+    source: str
+    target: str
+    settings: SweepSettings
+    sample: LinkSample | None  # None: random numbers only
+
+    def __post_init__(self) -> None:
+        if self.sample is not None and len(self.sample.data) > MAX_SAMPLE_BYTES:
+            raise ConfigError(
+                f"The sample has {len(self.sample.data)} bytes; at most {MAX_SAMPLE_BYTES} may be sent to a node."
+            )
+
+
 class Cluster(Protocol):
     """What the edges ask of a head. A node is meant by its id; `drain` and `undrain` may be repeated."""
 
@@ -84,3 +104,11 @@ class Cluster(Protocol):
 
     async def undrain(self, node: str) -> None:
         """Let plans use the node again. Raises RequestError for an unknown node."""
+
+    async def trace(self, began_s: float, ended_s: float, sequences: tuple[SequenceRecord, ...] = ()) -> Trace:
+        """What was noted of the steps that were scheduled between these times of `time.perf_counter`, as far as nothing
+        has taken its place since."""
+
+    async def bench_link(self, order: LinkOrder) -> Sweep:
+        """What matrices take from one node to the other. Raises RequestError for an unknown node or twice the same one,
+        UnavailableError when one cannot be reached, or not from the other."""

@@ -1,7 +1,7 @@
 """A worker: one process that holds one shard and serves one place of the pipeline, or times what one would take.
 
-    stdin   orders from the agent        load, start, ping, measure, stop
-    stdout  events to the agent          loading, loaded, ready, pong, measured, failed
+    stdin   orders from the agent        load, start, ping, measure, trace, stop
+    stdout  events to the agent          loading, loaded, ready, pong, measured, traced, failed
     stage   steps in from the stage before, results out to the next stage or home
 
 The end of stdin is an order to stop: a worker does not outlive its agent. Another load order makes it the worker of
@@ -25,13 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from tllm.cluster.history import StageHistory
 from tllm.cluster.loads import alike
 from tllm.cluster.machine import end_with_parent
 from tllm.cluster.measure import measure_speed, to_message
 from tllm.cluster.stage import run_stage
 from tllm.core.config import Deadlines, join_address
 from tllm.core.errors import ConfigError, EngineError, TllmError, TransportError
-from tllm.core.types import DType, Quantization
+from tllm.core.types import DType, Epoch, Quantization
 from tllm.engines.base import Engine, EngineConfig
 from tllm.models.checkpoint import Checkpoint
 from tllm.models.spec import Shard
@@ -99,6 +100,7 @@ class Worker:
         self._server: rpc.Server | None = None
         self._addresses: tuple[str, ...] = ()
         self._stage: _Stage | None = None
+        self._history = StageHistory()
         self._loading_reported_s = 0.0
 
     async def run(self, orders: asyncio.Queue[pb.WorkerOrder | None]) -> None:
@@ -124,6 +126,10 @@ class Worker:
     async def pong(self) -> None:
         """Answer a ping: the event loop runs."""
         await self._emit(pb.WorkerEvent(pong=pb.Pong(busy_s=self._compute.busy_s())))
+
+    async def say_traced(self, order: pb.Trace) -> None:
+        """Answer what was noted of some steps, and what time it is."""
+        await self._emit(pb.WorkerEvent(traced=self._history.answer(order)))
 
     async def _carry_out(self, order: pb.WorkerOrder, tasks: asyncio.TaskGroup) -> None:
         match order.WhichOneof("order"):
@@ -212,7 +218,8 @@ class Worker:
         await self._end_stage()
         limits = wire.unpack_limits(start.limits)
         await self._on_compute_thread(lambda: engine.allocate(start.num_blocks, start.block_size))
-        inbox = self._stages.expect(limits, sender=start.previous_name)
+        journal = self._history.journal
+        inbox = self._stages.expect(limits, sender=start.previous_name, journal=journal)
         try:
             link = await rpc.connect(
                 tuple(start.next),
@@ -221,6 +228,7 @@ class Worker:
                 peer=start.next_name,
                 timeout_s=self._deadlines.connect_s,
                 liveness=self._liveness,
+                journal=journal,
             )
         except BaseException as error:
             await inbox.aclose()
@@ -235,8 +243,9 @@ class Worker:
         """Until a neighbour is lost. Both links are closed then, so that the loss travels along the pipeline to the
         head even while nobody hears the agents; it is reported, and the worker waits for the next order."""
         assert self._shard is not None
+        self._history.begin(Epoch(epoch), self._shard)
         try:
-            await run_stage(engine, self._shard, inbox, link, self._compute)
+            await run_stage(engine, self._shard, inbox, link, self._compute, self._history.journal)
         except TransportError as error:
             log.warning("epoch %d ended: %s", epoch, error)
             await self._emit(pb.WorkerEvent(failed=pb.Failed(reason=str(error), epoch=epoch)))
@@ -325,10 +334,13 @@ async def _main(worker_id: str, log_level: str, deadlines: Deadlines) -> None:
 
     async def read_orders() -> None:
         while (order := await pipe.read_message(orders, pb.WorkerOrder)) is not None:
-            if order.WhichOneof("order") == "ping":  # whatever else it is at
-                await worker.pong()
-            else:
-                await queue.put(order)
+            match order.WhichOneof("order"):  # some are answered whatever else it is at
+                case "ping":
+                    await worker.pong()
+                case "trace":
+                    await worker.say_traced(order.trace)
+                case _:
+                    await queue.put(order)
         await queue.put(None)
 
     worker = Worker(worker_id, events, deadlines)

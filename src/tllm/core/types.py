@@ -217,15 +217,6 @@ class SequenceFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageTiming:
-    """Where one stage's time went in a step. Durations of that machine's own clock, in seconds."""
-
-    first_layer: int
-    wait_s: float  # from the arrival of the frame to the start of computing
-    compute_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What comes home from the last stage when all stages did their part of a step."""
 
@@ -234,7 +225,6 @@ class StepResult:
     sampled: tuple[Sampled, ...] = ()
     scored: tuple[Scored, ...] = ()
     failed: tuple[SequenceFailed, ...] = ()
-    timings: tuple[StageTiming, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,10 +5,10 @@ This file does not know what is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tllm.core.errors import ConfigError
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart by nearly everybody, and in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-PREDICTED = {"linestyle": "--", "linewidth": 1.2}
-MEASURED = {"linestyle": "-", "marker": "o", "markersize": 4, "linewidth": 1.4}
-LIMIT = {"linestyle": ":", "color": "#777777", "linewidth": 1.2}
+PREDICTED: Mapping[str, Any] = {"linestyle": "--", "linewidth": 1.2}
+MEASURED: Mapping[str, Any] = {"linestyle": "-", "marker": "o", "markersize": 4, "linewidth": 1.4}
+LIMIT: Mapping[str, Any] = {"linestyle": ":", "color": "#777777", "linewidth": 1.2}
 
 _SIZE_INCHES = (6.4, 3.8)
 _DOTS_PER_INCH = 120

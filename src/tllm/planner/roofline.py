@@ -146,10 +146,8 @@ class Roofline:
 
     @property
     def _kv_bytes(self) -> float:
-        """Of one position in one layer on one rank: a group divides it by heads, and ranks beyond them hold copies; a
-        latent vector belongs to all heads."""
-        num_parts = 1 if self.shape.latent else min(self._num_ranks, self.shape.num_kv_heads)
-        return self.shape.layer_kv_elements * self.kv_bytes_per_element / num_parts
+        """Of one position in one layer on one rank."""
+        return self.shape.layer_kv_elements * self.kv_bytes_per_element / self.shape.kv_parts(self._num_ranks)
 
     def _layers(self, layers: range | None) -> range:
         return range(self.shape.num_layers) if layers is None else layers

@@ -266,6 +266,11 @@ class Shape:
             return self.latent.latent_size + self.latent.rope_size
         return 2 * self.kv_size
 
+    def kv_parts(self, num_ranks: int) -> int:
+        """Into how many parts a group divides KV: by heads, and ranks beyond them hold copies; a latent vector belongs
+        to all heads."""
+        return 1 if self.latent else min(num_ranks, self.num_kv_heads)
+
     def kv_bytes_per_token(self, bytes_per_element: float = 2) -> int:
         """Of one position in all layers."""
         return math.ceil(self.num_layers * self.layer_kv_elements * bytes_per_element)

@@ -25,7 +25,6 @@ from tllm.core.types import (
     Scoring,
     SequenceFailed,
     SequenceId,
-    StageTiming,
     Step,
     StepFailed,
     StepId,
@@ -121,11 +120,6 @@ def chunks(draw: st.DrawFn, agreed: FrameLimits, seq: int, num_tokens: int) -> C
     )
 
 
-def timings() -> st.SearchStrategy[tuple[StageTiming, ...]]:
-    timing = st.builds(StageTiming, first_layer=U32, wait_s=NUMBERS, compute_s=NUMBERS)
-    return st.lists(timing, max_size=4).map(tuple)
-
-
 @st.composite
 def step_frames(draw: st.DrawFn, agreed: FrameLimits) -> StepFrame:
     room = agreed.max_tokens
@@ -148,7 +142,7 @@ def step_frames(draw: st.DrawFn, agreed: FrameLimits) -> StepFrame:
         num_bytes = step.num_tokens * agreed.hidden_size * agreed.dtype.num_bytes
         data = draw(st.binary(min_size=num_bytes, max_size=num_bytes))
         hidden = Activation(data=data, dtype=agreed.dtype, shape=(step.num_tokens, agreed.hidden_size))
-    return StepFrame(step=step, hidden=hidden, timings=draw(timings()))
+    return StepFrame(step=step, hidden=hidden)
 
 
 def alternatives(agreed: FrameLimits) -> st.SearchStrategy[tuple[Logprob, ...]]:
@@ -179,7 +173,6 @@ def step_results(draw: st.DrawFn, agreed: FrameLimits) -> StepResult:
         sampled=tuple(draw(st.lists(samples(agreed), max_size=agreed.max_chunks))),
         scored=tuple(scored),
         failed=tuple(draw(st.lists(failed, max_size=agreed.max_chunks))),
-        timings=draw(timings()),
     )
 
 

@@ -12,22 +12,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from tllm.core.types import Activation, DType, Epoch, StageTiming, Step, StepFailed, StepResult
+from tllm.core.types import Activation, DType, Epoch, Step, StepFailed, StepResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFrame:
-    """A step on its way: `hidden` is None only before the first stage. Each stage appends its timing."""
+    """A step on its way: `hidden` is None only before the first stage."""
 
     step: Step
     hidden: Activation | None = None
-    timings: tuple[StageTiming, ...] = ()
 
 
 StageMessage = StepFrame | StepResult | StepFailed
 
 MAX_TOP = 32  # alternatives beside one token's log-probability
-MAX_STAGES = 1024  # of a pipeline
 FRAME_HEADER_BYTES = 16
 _MAX_METADATA_BYTES = 64 << 20
 _POSITIONS_PER_BLOCK = 64  # for an estimate of how long a context is: the block size is not part of the limits

@@ -26,7 +26,7 @@ from tllm.transport.trust import Identity, enrolment_identity
 # refused, and a call that was already over.
 STREAM_ERRORS = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 
-_WINDOW_BYTES = 1 << 20  # on its way at a time: 1 GB/s at a round trip of 1 ms
+WINDOW_BYTES = 1 << 20  # on its way at a time: 1 GB/s at a round trip of 1 ms
 _HEAD_START_S = 0.25  # that an address gets before the next one is tried beside it
 _HANDSHAKE_S = 10.0  # for a connection to say who it is
 _IDLE_S = 60.0  # that a connection may be open without a call; whoever comes back connects again
@@ -82,7 +82,7 @@ def grpc_options(*, max_send_bytes: int, max_receive_bytes: int, liveness: Liven
         # The window is fixed: gRPC would learn a larger one, and fill a slow network's buffers so far that the pings
         # with which it learns are not answered in time.
         ("grpc.http2.bdp_probe", 0),
-        ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
         # Two servers on one port would share its connections at random.
         ("grpc.so_reuseport", 0),
         # A proxy of the environment is meant for the web.

@@ -26,11 +26,10 @@ from tllm.core.types import (
     Logprob,
     SamplingState,
     Scoring,
-    StageTiming,
     StepFailed,
     StepResult,
 )
-from tllm.transport.base import MAX_STAGES, MAX_TOP, FrameLimits, StageMessage, StepFrame
+from tllm.transport.base import MAX_TOP, FrameLimits, StageMessage, StepFrame
 
 
 def check(message: StageMessage, limits: FrameLimits) -> None:
@@ -72,7 +71,6 @@ def _check_step(frame: StepFrame, limits: FrameLimits) -> None:
         raise FrameError("two chunks of one step belong to the same sequence")
     if frame.hidden is not None:
         _check_hidden(frame.hidden, step.num_tokens, limits)
-    _check_timings(frame.timings)
 
 
 def _check_chunk(chunk: Chunk, limits: FrameLimits) -> None:
@@ -141,7 +139,6 @@ def _check_result(result: StepResult, limits: FrameLimits) -> None:
     for scored in result.scored:
         for score in scored.scores:
             _check_logprob(score.logprob, score.top, limits)
-    _check_timings(result.timings)
 
 
 def _check_logprob(logprob: float, top: tuple[Logprob, ...], limits: FrameLimits) -> None:
@@ -149,12 +146,6 @@ def _check_logprob(logprob: float, top: tuple[Logprob, ...], limits: FrameLimits
     if isnan(logprob) or any(isnan(other.logprob) for other in top):
         raise FrameError("a log-probability is not a number")
     _check_ids([other.token for other in top], limits)
-
-
-def _check_timings(timings: tuple[StageTiming, ...]) -> None:
-    at_most("stages", len(timings), MAX_STAGES)
-    if not all(isfinite(timing.wait_s) and isfinite(timing.compute_s) for timing in timings):
-        raise FrameError("a stage's timing is not a finite number")
 
 
 def _check_set(ids: Sequence[int], limits: FrameLimits) -> None:

@@ -12,9 +12,7 @@ from itertools import pairwise
 from typing import TypeVar, cast
 
 from tllm.core.errors import FrameError
-from tllm.core.types import Codec, DType, StageTiming, TokenId
-from tllm.transport import wire_pb2 as pb
-from tllm.transport.base import MAX_STAGES
+from tllm.core.types import Codec, DType, TokenId
 from tllm.transport.checks import at_most
 
 MAX_REASON_CHARS = 4000  # of a failure's reason; what is longer is cut
@@ -71,23 +69,6 @@ def parse_codec(name: str) -> Codec:
         return Codec(name)
     except ValueError as error:
         raise FrameError(f"no codec is called {name[:32]!r}") from error
-
-
-def read_timings(timings: pb.Timings) -> tuple[StageTiming, ...]:
-    same_length("stages", MAX_STAGES, timings.first_layers, timings.waits_s, timings.computes_s)
-    return tuple(
-        StageTiming(first_layer=first_layer, wait_s=wait_s, compute_s=compute_s)
-        for first_layer, wait_s, compute_s in zip(
-            timings.first_layers, timings.waits_s, timings.computes_s, strict=True
-        )
-    )
-
-
-def fill_timings(out: pb.Timings, timings: tuple[StageTiming, ...]) -> None:
-    for timing in timings:
-        out.first_layers.append(timing.first_layer)
-        out.waits_s.append(timing.wait_s)
-        out.computes_s.append(timing.compute_s)
 
 
 def clean(reason: str) -> str:

@@ -26,9 +26,7 @@ from tllm.transport.columns import (
     check_places,
     clean,
     cut,
-    fill_timings,
     need,
-    read_timings,
     same_length,
     token_ids,
 )
@@ -53,7 +51,6 @@ def fill_result(out: pb.StepResult, result: StepResult) -> None:
     for failed in result.failed:
         out.failed_seqs.append(failed.seq)
         out.failed_reasons.append(clean(failed.reason))
-    fill_timings(out.timings, result.timings)
     out.SetInParent()
 
 
@@ -103,7 +100,6 @@ def read_result(result: pb.StepResult, epoch: Epoch, limits: FrameLimits) -> Ste
         sampled=sampled,
         scored=scored,
         failed=failed,
-        timings=read_timings(result.timings),
     )
 
 

@@ -38,6 +38,7 @@ from tllm.transport.channels import (
     reason,
 )
 from tllm.transport.checks import check
+from tllm.transport.journal import Journal, Point
 from tllm.transport.mailbox import Inbox
 from tllm.transport.peers import peer_of, refuse
 from tllm.transport.trust import Identity
@@ -79,12 +80,13 @@ class StageServer:
     def handlers(self) -> Mapping[str, Handler]:
         return {"Stream": grpc.stream_stream_rpc_method_handler(self._stream)}
 
-    def expect(self, limits: FrameLimits, *, sender: str | None = None) -> Inbox:
+    def expect(self, limits: FrameLimits, *, sender: str | None = None, journal: Journal | None = None) -> Inbox:
         """Take the one stream of this epoch; it may have been waiting. Over the network only the member named `sender`
-        may open it; None: any member. The inbox of an earlier epoch is closed and its stream ended."""
+        may open it; None: any member. The inbox of an earlier epoch is closed and its stream ended. `journal` is told
+        when frames arrive."""
         if self._edge is not None:
             self._edge.inbox.close()
-        self._edge = _Edge(limits, Inbox(self._capacity), sender)
+        self._edge = _Edge(limits, Inbox(self._capacity), sender, journal or Journal(1))
         self._tell()
         return self._edge.inbox
 
@@ -166,21 +168,28 @@ class StageServer:
 class _Edge:
     """One epoch's stream, expected or there."""
 
-    def __init__(self, limits: FrameLimits, inbox: Inbox, sender: str | None) -> None:
+    def __init__(self, limits: FrameLimits, inbox: Inbox, sender: str | None, journal: Journal) -> None:
         self.limits = limits
         self.inbox = inbox
         self.sender = sender
+        self.journal = journal
         self.taken = False
 
 
 async def _receive(context: Context, edge: _Edge) -> None:
     """Until the farewell. Raises TransportError when the stream ends without one."""
+    journal = edge.journal
     while True:
         data = await _read(context)
         if data == wire.FAREWELL:
             return
         num_bytes = wire.frame_length(data, edge.limits)
-        await edge.inbox.put(wire.decode(await _receive_rest(context, data, num_bytes), edge.limits))
+        data = await _receive_rest(context, data, num_bytes)
+        arrived_s = journal.now_s()
+        message = wire.decode(data, edge.limits)
+        journal.mark_message(message, Point.ARRIVED, arrived_s)
+        journal.mark_message(message, Point.DECODED)
+        await edge.inbox.put(message)
 
 
 async def _receive_rest(context: Context, first: bytes, num_bytes: int) -> bytes:
@@ -229,9 +238,16 @@ class RpcLink:
     """The sending end of an edge; made by `connect`."""
 
     def __init__(
-        self, channel: grpc.aio.Channel, call: Call, address: str, limits: FrameLimits, close_timeout_s: float
+        self,
+        channel: grpc.aio.Channel,
+        call: Call,
+        address: str,
+        limits: FrameLimits,
+        close_timeout_s: float,
+        journal: Journal,
     ) -> None:
         self.address = address
+        self._journal = journal
         self._channel = channel
         self._call = call
         self._limits = limits
@@ -242,9 +258,11 @@ class RpcLink:
 
     async def send(self, message: StageMessage) -> None:
         """As in `Link`. Cancelling a send that had begun breaks the link: nobody could say what the peer got of it."""
+        self._journal.mark_message(message, Point.ENCODING)
         check(message, self._limits)
         data = wire.encode(message)
         wire.frame_length(data, self._limits)
+        self._journal.mark_message(message, Point.ENCODED)
         async with self._sending:
             if self._broken is not None:
                 raise TransportError(self._broken)
@@ -257,6 +275,7 @@ class RpcLink:
             except asyncio.CancelledError:
                 self._broken = f"the link to {self.address} is gone: a message was cut off"
                 raise
+        self._journal.mark_message(message, Point.WRITTEN)
 
     async def wait_lost(self) -> str:
         """Until the edge is gone, even while nothing is sent; why. It is also gone once this side closed it."""
@@ -304,9 +323,11 @@ async def connect(
     timeout_s: float,
     close_timeout_s: float = 5.0,
     liveness: Liveness | None = None,
+    journal: Journal | None = None,
 ) -> RpcLink:
     """A link to the server at the first address that answers, which has agreed to `limits`. On the network that must
-    be the member named `peer`, and `identity` is shown to it; Unix sockets need neither.
+    be the member named `peer`, and `identity` is shown to it; Unix sockets need neither. `journal` is told when frames
+    leave.
 
     A server that is not up yet, or not yet told of the epoch, is waited for until `timeout_s` is over. Raises
     TransportError then, and at once when the server refuses, with its reason.
@@ -328,4 +349,4 @@ async def connect(
             if isinstance(error, STREAM_ERRORS):
                 raise TransportError(f"{address} refused the link: {reason(error)}") from error
             raise
-    return RpcLink(channel, call, address, limits, close_timeout_s)
+    return RpcLink(channel, call, address, limits, close_timeout_s, journal or Journal(1))

@@ -34,11 +34,9 @@ from tllm.transport.checks import at_most
 from tllm.transport.columns import (
     check_places,
     cut,
-    fill_timings,
     need,
     parse_codec,
     parse_dtype,
-    read_timings,
     same_length,
     token_ids,
 )
@@ -78,7 +76,6 @@ def fill_step(out: pb.StepFrame, frame: StepFrame) -> None:
             columns,
             hidden.codec,
         )
-    fill_timings(out.timings, frame.timings)
     out.SetInParent()
 
 
@@ -168,7 +165,6 @@ def read_step(step: pb.StepFrame, body: memoryview, epoch: Epoch, limits: FrameL
     return StepFrame(
         step=Step(id=StepId(step.id), epoch=epoch, copies=copies, chunks=chunks),
         hidden=hidden,
-        timings=read_timings(step.timings),
     )
 
 

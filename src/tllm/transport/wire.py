@@ -23,7 +23,7 @@ from tllm.transport.columns import need, parse_dtype
 from tllm.transport.results import fill_failed, fill_result, read_failed, read_result
 from tllm.transport.steps import fill_step, read_step
 
-PROTOCOL = 3  # of both planes; raised with every change of wire.proto that an older program would misread
+PROTOCOL = 4  # of both planes; raised with every change of wire.proto that an older program would misread
 FAREWELL = b""  # the last message of a data stream that was not lost
 
 _HEADER = struct.Struct("<QII")

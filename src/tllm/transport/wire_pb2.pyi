@@ -176,7 +176,6 @@ class StepFrame(_message.Message):
     NUM_TARGETS_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
     HIDDEN_FIELD_NUMBER: _builtins.int
-    TIMINGS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def copy_sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -220,8 +219,6 @@ class StepFrame(_message.Message):
     def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def hidden(self) -> Global___Activation: ...
-    @_builtins.property
-    def timings(self) -> Global___Timings: ...
     def __init__(
         self,
         *,
@@ -242,11 +239,10 @@ class StepFrame(_message.Message):
         num_targets: _abc.Iterable[_builtins.int] | None = ...,
         targets: _abc.Iterable[_builtins.int] | None = ...,
         hidden: Global___Activation | None = ...,
-        timings: Global___Timings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hidden", b"hidden"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "copy_lengths", b"copy_lengths", "copy_sources", b"copy_sources", "copy_targets", b"copy_targets", "hidden", b"hidden", "id", b"id", "num_blocks", b"num_blocks", "num_targets", b"num_targets", "num_tokens", b"num_tokens", "sampling_chunks", b"sampling_chunks", "samplings", b"samplings", "scoring_chunks", b"scoring_chunks", "scoring_tops", b"scoring_tops", "seqs", b"seqs", "starts", b"starts", "targets", b"targets", "timings", b"timings", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "copy_lengths", b"copy_lengths", "copy_sources", b"copy_sources", "copy_targets", b"copy_targets", "hidden", b"hidden", "id", b"id", "num_blocks", b"num_blocks", "num_targets", b"num_targets", "num_tokens", b"num_tokens", "sampling_chunks", b"sampling_chunks", "samplings", b"samplings", "scoring_chunks", b"scoring_chunks", "scoring_tops", b"scoring_tops", "seqs", b"seqs", "starts", b"starts", "targets", b"targets", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -392,34 +388,6 @@ class Activation(_message.Message):
 Global___Activation: _TypeAlias = Activation  # noqa: Y015
 
 @_typing.final
-class Timings(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    FIRST_LAYERS_FIELD_NUMBER: _builtins.int
-    WAITS_S_FIELD_NUMBER: _builtins.int
-    COMPUTES_S_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def first_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def waits_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
-    @_builtins.property
-    def computes_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
-    def __init__(
-        self,
-        *,
-        first_layers: _abc.Iterable[_builtins.int] | None = ...,
-        waits_s: _abc.Iterable[_builtins.float] | None = ...,
-        computes_s: _abc.Iterable[_builtins.float] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["computes_s", b"computes_s", "first_layers", b"first_layers", "waits_s", b"waits_s"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Timings: _TypeAlias = Timings  # noqa: Y015
-
-@_typing.final
 class StepResult(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -434,7 +402,6 @@ class StepResult(_message.Message):
     SCORES_FIELD_NUMBER: _builtins.int
     FAILED_SEQS_FIELD_NUMBER: _builtins.int
     FAILED_REASONS_FIELD_NUMBER: _builtins.int
-    TIMINGS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     @_builtins.property
     def seqs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -464,8 +431,6 @@ class StepResult(_message.Message):
     def failed_seqs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def failed_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
-    @_builtins.property
-    def timings(self) -> Global___Timings: ...
     def __init__(
         self,
         *,
@@ -480,11 +445,10 @@ class StepResult(_message.Message):
         scores: Global___Scores | None = ...,
         failed_seqs: _abc.Iterable[_builtins.int] | None = ...,
         failed_reasons: _abc.Iterable[_builtins.str] | None = ...,
-        timings: Global___Timings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "scores", b"scores", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "scores", b"scores"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed_reasons", b"failed_reasons", "failed_seqs", b"failed_seqs", "logprob_rows", b"logprob_rows", "logprobs", b"logprobs", "num_scores", b"num_scores", "scored_seqs", b"scored_seqs", "scored_starts", b"scored_starts", "scores", b"scores", "seqs", b"seqs", "step", b"step", "timings", b"timings", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed_reasons", b"failed_reasons", "failed_seqs", b"failed_seqs", "logprob_rows", b"logprob_rows", "logprobs", b"logprobs", "num_scores", b"num_scores", "scored_seqs", b"scored_seqs", "scored_starts", b"scored_starts", "scores", b"scores", "seqs", b"seqs", "step", b"step", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -737,6 +701,7 @@ class AgentMessage(_message.Message):
     LEAVE_FIELD_NUMBER: _builtins.int
     MEASURED_FIELD_NUMBER: _builtins.int
     MEASURED_LINK_FIELD_NUMBER: _builtins.int
+    BENCHED_LINK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def attach(self) -> Global___Attach: ...
     @_builtins.property
@@ -751,6 +716,8 @@ class AgentMessage(_message.Message):
     def measured(self) -> Global___Measured: ...
     @_builtins.property
     def measured_link(self) -> Global___MeasuredLink: ...
+    @_builtins.property
+    def benched_link(self) -> Global___BenchedLink: ...
     def __init__(
         self,
         *,
@@ -760,12 +727,13 @@ class AgentMessage(_message.Message):
         leave: Global___Leave | None = ...,
         measured: Global___Measured | None = ...,
         measured_link: Global___MeasuredLink | None = ...,
+        benched_link: Global___BenchedLink | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "heartbeat", b"heartbeat", "leave", b"leave", "measured", b"measured", "measured_link", b"measured_link", "message", b"message", "worker", b"worker"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "benched_link", b"benched_link", "heartbeat", b"heartbeat", "leave", b"leave", "measured", b"measured", "measured_link", b"measured_link", "message", b"message", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "heartbeat", b"heartbeat", "leave", b"leave", "measured", b"measured", "measured_link", b"measured_link", "message", b"message", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "benched_link", b"benched_link", "heartbeat", b"heartbeat", "leave", b"leave", "measured", b"measured", "measured_link", b"measured_link", "message", b"message", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["attach", "worker", "heartbeat", "leave", "measured", "measured_link"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["attach", "worker", "heartbeat", "leave", "measured", "measured_link", "benched_link"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -782,6 +750,7 @@ class HeadMessage(_message.Message):
     SHUTDOWN_FIELD_NUMBER: _builtins.int
     MEASURE_FIELD_NUMBER: _builtins.int
     MEASURE_LINK_FIELD_NUMBER: _builtins.int
+    BENCH_LINK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -796,6 +765,8 @@ class HeadMessage(_message.Message):
     def measure(self) -> Global___Measure: ...
     @_builtins.property
     def measure_link(self) -> Global___MeasureLink: ...
+    @_builtins.property
+    def bench_link(self) -> Global___BenchLink: ...
     def __init__(
         self,
         *,
@@ -806,12 +777,13 @@ class HeadMessage(_message.Message):
         shutdown: Global___Shutdown | None = ...,
         measure: Global___Measure | None = ...,
         measure_link: Global___MeasureLink | None = ...,
+        bench_link: Global___BenchLink | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "measure", b"measure", "measure_link", b"measure_link", "message", b"message", "refused", b"refused", "shutdown", b"shutdown", "welcome", b"welcome", "worker", b"worker"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bench_link", b"bench_link", "heartbeat", b"heartbeat", "measure", b"measure", "measure_link", b"measure_link", "message", b"message", "refused", b"refused", "shutdown", b"shutdown", "welcome", b"welcome", "worker", b"worker"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "measure", b"measure", "measure_link", b"measure_link", "message", b"message", "refused", b"refused", "shutdown", b"shutdown", "welcome", b"welcome", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bench_link", b"bench_link", "heartbeat", b"heartbeat", "measure", b"measure", "measure_link", b"measure_link", "message", b"message", "refused", b"refused", "shutdown", b"shutdown", "welcome", b"welcome", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "refused", "worker", "heartbeat", "shutdown", "measure", "measure_link"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "refused", "worker", "heartbeat", "shutdown", "measure", "measure_link", "bench_link"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -1136,8 +1108,14 @@ class Speed(_message.Message):
     LAYER_S_FIELD_NUMBER: _builtins.int
     HEAD_S_FIELD_NUMBER: _builtins.int
     STEP_S_FIELD_NUMBER: _builtins.int
+    READ_S_FIELD_NUMBER: _builtins.int
+    PAIR_S_FIELD_NUMBER: _builtins.int
     step_s: _builtins.float
     """per step and stage, whatever is in it"""
+    read_s: _builtins.float
+    """a layer's attention, per position of context and sequence"""
+    pair_s: _builtins.float
+    """the same, per row and position where KV is read for many rows"""
     @_builtins.property
     def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -1155,10 +1133,12 @@ class Speed(_message.Message):
         layer_s: _abc.Iterable[_builtins.float] | None = ...,
         head_s: _abc.Iterable[_builtins.float] | None = ...,
         step_s: _builtins.float = ...,
+        read_s: _builtins.float = ...,
+        pair_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_s", b"head_s", "layer_s", b"layer_s", "rows", b"rows", "step_s", b"step_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head_s", b"head_s", "layer_s", b"layer_s", "pair_s", b"pair_s", "read_s", b"read_s", "rows", b"rows", "step_s", b"step_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1233,6 +1213,7 @@ class WorkerOrder(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     PING_FIELD_NUMBER: _builtins.int
     MEASURE_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     @_builtins.property
     def load(self) -> Global___Load: ...
@@ -1244,6 +1225,8 @@ class WorkerOrder(_message.Message):
     def ping(self) -> Global___Ping: ...
     @_builtins.property
     def measure(self) -> Global___Measure: ...
+    @_builtins.property
+    def trace(self) -> Global___Trace: ...
     def __init__(
         self,
         *,
@@ -1253,12 +1236,13 @@ class WorkerOrder(_message.Message):
         stop: Global___Stop | None = ...,
         ping: Global___Ping | None = ...,
         measure: Global___Measure | None = ...,
+        trace: Global___Trace | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "measure", b"measure", "order", b"order", "ping", b"ping", "start", b"start", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "measure", b"measure", "order", b"order", "ping", b"ping", "start", b"start", "stop", b"stop", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "measure", b"measure", "order", b"order", "ping", b"ping", "start", b"start", "stop", b"stop", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "measure", b"measure", "order", b"order", "ping", b"ping", "start", b"start", "stop", b"stop", "trace", b"trace", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_order: _TypeAlias = _typing.Literal["load", "start", "stop", "ping", "measure"]  # noqa: Y015
+    _WhichOneofReturnType_order: _TypeAlias = _typing.Literal["load", "start", "stop", "ping", "measure", "trace"]  # noqa: Y015
     _WhichOneofArgType_order: _TypeAlias = _typing.Literal["order", b"order"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_order) -> _WhichOneofReturnType_order | None: ...
 
@@ -1461,6 +1445,39 @@ class Ping(_message.Message):
 Global___Ping: _TypeAlias = Ping  # noqa: Y015
 
 @_typing.final
+class Trace(_message.Message):
+    """What a worker noted of the steps from `first_step` to `last_step` since `first_epoch`, and what its clock shows.
+    Answered with Traced at once, whatever else the worker is at. No steps: 0 and 0.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    FIRST_EPOCH_FIELD_NUMBER: _builtins.int
+    FIRST_STEP_FIELD_NUMBER: _builtins.int
+    LAST_STEP_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """of the question; the answer carries it"""
+    first_epoch: _builtins.int
+    first_step: _builtins.int
+    last_step: _builtins.int
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        first_epoch: _builtins.int = ...,
+        first_step: _builtins.int = ...,
+        last_step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_epoch", b"first_epoch", "first_step", b"first_step", "last_step", b"last_step", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Trace: _TypeAlias = Trace  # noqa: Y015
+
+@_typing.final
 class WorkerEvent(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1472,6 +1489,7 @@ class WorkerEvent(_message.Message):
     EXITED_FIELD_NUMBER: _builtins.int
     PONG_FIELD_NUMBER: _builtins.int
     MEASURED_FIELD_NUMBER: _builtins.int
+    TRACED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     @_builtins.property
     def loading(self) -> Global___Loading: ...
@@ -1487,6 +1505,8 @@ class WorkerEvent(_message.Message):
     def pong(self) -> Global___Pong: ...
     @_builtins.property
     def measured(self) -> Global___Measured: ...
+    @_builtins.property
+    def traced(self) -> Global___Traced: ...
     def __init__(
         self,
         *,
@@ -1498,12 +1518,13 @@ class WorkerEvent(_message.Message):
         exited: Global___Exited | None = ...,
         pong: Global___Pong | None = ...,
         measured: Global___Measured | None = ...,
+        traced: Global___Traced | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exited", b"exited", "failed", b"failed", "loaded", b"loaded", "loading", b"loading", "measured", b"measured", "pong", b"pong", "ready", b"ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exited", b"exited", "failed", b"failed", "loaded", b"loaded", "loading", b"loading", "measured", b"measured", "pong", b"pong", "ready", b"ready", "traced", b"traced"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exited", b"exited", "failed", b"failed", "loaded", b"loaded", "loading", b"loading", "measured", b"measured", "pong", b"pong", "ready", b"ready", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exited", b"exited", "failed", b"failed", "loaded", b"loaded", "loading", b"loading", "measured", b"measured", "pong", b"pong", "ready", b"ready", "traced", b"traced", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["loading", "loaded", "ready", "failed", "exited", "pong", "measured"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["loading", "loaded", "ready", "failed", "exited", "pong", "measured", "traced"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -1664,6 +1685,73 @@ class Exited(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Exited: _TypeAlias = Exited  # noqa: Y015
+
+@_typing.final
+class Traced(_message.Message):
+    """Times are seconds of the worker's own `time.perf_counter`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    ARRIVED_S_FIELD_NUMBER: _builtins.int
+    ANSWERED_S_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    arrived_s: _builtins.float
+    """the question"""
+    answered_s: _builtins.float
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___TracedStage]: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        arrived_s: _builtins.float = ...,
+        answered_s: _builtins.float = ...,
+        stages: _abc.Iterable[Global___TracedStage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered_s", b"answered_s", "arrived_s", b"arrived_s", "number", b"number", "stages", b"stages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Traced: _TypeAlias = Traced  # noqa: Y015
+
+@_typing.final
+class TracedStage(_message.Message):
+    """Steps of one epoch. A step's times stand together, in the order of transport/journal.py; NaN: not known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    LAST_LAYER_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    TIMES_S_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    first_layer: _builtins.int
+    last_layer: _builtins.int
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def times_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        first_layer: _builtins.int = ...,
+        last_layer: _builtins.int = ...,
+        steps: _abc.Iterable[_builtins.int] | None = ...,
+        times_s: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first_layer", b"first_layer", "last_layer", b"last_layer", "steps", b"steps", "times_s", b"times_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TracedStage: _TypeAlias = TracedStage  # noqa: Y015
 
 @_typing.final
 class Piece(_message.Message):
@@ -1873,3 +1961,180 @@ class EchoAnswer(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EchoAnswer: _TypeAlias = EchoAnswer  # noqa: Y015
+
+@_typing.final
+class Matrix(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Matrix: _TypeAlias = Matrix  # noqa: Y015
+
+@_typing.final
+class MatrixReceived(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECODE_S_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    decode_s: _builtins.float
+    failed: _builtins.str
+    """why the receiver cannot use that codec; empty: it could"""
+    def __init__(
+        self,
+        *,
+        decode_s: _builtins.float = ...,
+        failed: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_s", b"decode_s", "failed", b"failed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MatrixReceived: _TypeAlias = MatrixReceived  # noqa: Y015
+
+@_typing.final
+class BenchLink(_message.Message):
+    """Send matrices to a peer and tell what each took; see link_sweep.py."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    CODECS_FIELD_NUMBER: _builtins.int
+    REPEATS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    BUDGET_S_FIELD_NUMBER: _builtins.int
+    SAMPLE_FIELD_NUMBER: _builtins.int
+    SAMPLE_WIDTH_FIELD_NUMBER: _builtins.int
+    SAMPLE_NAME_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """of the question; the answer carries it"""
+    node_id: _builtins.str
+    """the peer"""
+    columns: _builtins.int
+    dtype: _builtins.str
+    repeats: _builtins.int
+    seed: _builtins.int
+    budget_s: _builtins.float
+    sample: _builtins.bytes
+    """rows of hidden states, to fill matrices with; empty: random ones only"""
+    sample_width: _builtins.int
+    """numbers of a row of it"""
+    sample_name: _builtins.str
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def codecs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        node_id: _builtins.str = ...,
+        addresses: _abc.Iterable[_builtins.str] | None = ...,
+        rows: _abc.Iterable[_builtins.int] | None = ...,
+        columns: _builtins.int = ...,
+        dtype: _builtins.str = ...,
+        codecs: _abc.Iterable[_builtins.str] | None = ...,
+        repeats: _builtins.int = ...,
+        seed: _builtins.int = ...,
+        budget_s: _builtins.float = ...,
+        sample: _builtins.bytes = ...,
+        sample_width: _builtins.int = ...,
+        sample_name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "budget_s", b"budget_s", "codecs", b"codecs", "columns", b"columns", "dtype", b"dtype", "node_id", b"node_id", "number", b"number", "repeats", b"repeats", "rows", b"rows", "sample", b"sample", "sample_name", b"sample_name", "sample_width", b"sample_width", "seed", b"seed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BenchLink: _TypeAlias = BenchLink  # noqa: Y015
+
+@_typing.final
+class BenchedLink(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    ROUND_TRIPS_S_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    CODECS_FIELD_NUMBER: _builtins.int
+    CONTENTS_FIELD_NUMBER: _builtins.int
+    NUM_TIMINGS_FIELD_NUMBER: _builtins.int
+    ENCODED_BYTES_FIELD_NUMBER: _builtins.int
+    COMPRESS_S_FIELD_NUMBER: _builtins.int
+    CARRY_S_FIELD_NUMBER: _builtins.int
+    DECOMPRESS_S_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_ROWS_FIELD_NUMBER: _builtins.int
+    MISSING_CODECS_FIELD_NUMBER: _builtins.int
+    MISSING_REASONS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    failed: _builtins.str
+    """why nothing was measured; empty: it was"""
+    @_builtins.property
+    def round_trips_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """one for every kind of matrix"""
+
+    @_builtins.property
+    def codecs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def contents(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def num_timings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def encoded_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """one for every matrix, kind after kind"""
+
+    @_builtins.property
+    def compress_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def carry_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def decompress_s(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def left_out_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def missing_codecs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def missing_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        failed: _builtins.str = ...,
+        round_trips_s: _abc.Iterable[_builtins.float] | None = ...,
+        rows: _abc.Iterable[_builtins.int] | None = ...,
+        codecs: _abc.Iterable[_builtins.str] | None = ...,
+        contents: _abc.Iterable[_builtins.str] | None = ...,
+        num_timings: _abc.Iterable[_builtins.int] | None = ...,
+        encoded_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        compress_s: _abc.Iterable[_builtins.float] | None = ...,
+        carry_s: _abc.Iterable[_builtins.float] | None = ...,
+        decompress_s: _abc.Iterable[_builtins.float] | None = ...,
+        left_out_rows: _abc.Iterable[_builtins.int] | None = ...,
+        missing_codecs: _abc.Iterable[_builtins.str] | None = ...,
+        missing_reasons: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["carry_s", b"carry_s", "codecs", b"codecs", "compress_s", b"compress_s", "contents", b"contents", "decompress_s", b"decompress_s", "encoded_bytes", b"encoded_bytes", "failed", b"failed", "left_out_rows", b"left_out_rows", "missing_codecs", b"missing_codecs", "missing_reasons", b"missing_reasons", "num_timings", b"num_timings", "number", b"number", "round_trips_s", b"round_trips_s", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BenchedLink: _TypeAlias = BenchedLink  # noqa: Y015
