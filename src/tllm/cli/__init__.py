@@ -7,7 +7,24 @@ from __future__ import annotations
 
 import typer
 
-from tllm.cli import bench, cache, demo, doctor, drain, join, nodes, plan, quantize, run, serve, token, version
+from tllm.cli import (
+    bench,
+    cache,
+    demo,
+    doctor,
+    drain,
+    estimate,
+    join,
+    lab,
+    nodes,
+    plan,
+    quantize,
+    run,
+    serve,
+    token,
+    trace,
+    version,
+)
 from tllm.cli.reporting import reported
 
 app = typer.Typer(
@@ -24,13 +41,16 @@ app.command("run")(run.run)
 app.command("demo")(demo.demo)
 app.command("nodes")(nodes.nodes)
 app.command("plan")(plan.plan)
+app.add_typer(estimate.app, name="estimate")
 app.command("quantize")(quantize.quantize)
 app.command("drain")(drain.drain)
+app.command("trace")(trace.trace)
 app.command("doctor")(doctor.doctor)
 app.command("version")(version.version)
 app.add_typer(token.app, name="token")
 app.add_typer(cache.app, name="cache")
 app.add_typer(bench.app, name="bench")
+app.add_typer(lab.app, name="lab")
 
 
 def main() -> None:
