@@ -20,7 +20,7 @@ from tests.system.processes import Server, Tllm, repository, serve, tllm
 
 READMES = ["README.md", "README.zh.md"]
 GUIDES = sorted(str(path.relative_to(repository())) for path in (repository() / "docs").rglob("*.md"))
-GROUPS = ("token", "cache", "bench")  # verbs of verbs
+GROUPS = ("token", "cache", "bench", "estimate", "lab")  # verbs of verbs
 GOLDEN = json.loads((repository() / "src/tllm/demo/golden.json").read_text())
 
 
@@ -51,6 +51,13 @@ def test_every_flag_and_verb_in_the_readme_exists(readme):
 @functools.cache
 def help_of(*words: str) -> str:
     return run(*words, "--help")
+
+
+def test_the_calculator_answers_what_the_readme_asks():
+    asked = [line[1:] for line in commands("README.md", "tllm ") if line[1] == "estimate"]
+    model, network = (run(*words) for words in asked)
+    assert re.search(r"tokens per second +7\.\d+ tokens/s", model)
+    assert "impossible" in network or "Mb/s" in network
 
 
 def test_both_readmes_tell_a_reader_to_type_the_same():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tllm.cli import options
+from tllm.cli import bench_link, bench_serve, options
 from tllm.core.config import EMBEDDED_MODEL
 from tllm.core.types import DType, Quantization
 
@@ -26,6 +26,8 @@ _FORMS = ("int8", "int4-g32", "int4", "int4-g128")
 app = typer.Typer(
     help="Measure speeds beside the hardware's limits, and what weights of fewer bits cost.", no_args_is_help=True
 )
+app.command("link")(bench_link.link)
+app.command("serve")(bench_serve.serve)
 
 
 @app.command()
