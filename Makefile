@@ -15,8 +15,9 @@ demo: $(READY)
 serve: $(READY)
 	$(BIN)/tllm serve
 
+# In a process per core. More than four would wait for the one with the longest file.
 test: $(READY)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 tests
 
 check: lint test
 

@@ -108,7 +108,7 @@ def machine(name: str, number: int, *, head: tuple[str, int], token: str, log_le
     advertised = f"127.0.0.{1 + number}"
     with ExitStack() as stack:
         state = stack.enter_context(tempfile.TemporaryDirectory(prefix=f"tllm-{name}-"))
-        first = _free_ports(advertised)
+        first = stack.enter_context(_free_ports(advertised))
         to_head = stack.enter_context(emulated_link(target=head))
         to_it = tuple(
             stack.enter_context(emulated_link(target=("127.0.0.1", port), listen_host=advertised, listen_port=port))
@@ -131,12 +131,23 @@ def machine(name: str, number: int, *, head: tuple[str, int], token: str, log_le
         yield found
 
 
-def _free_ports(advertised: str) -> int:
-    """The first of a run of ports that are free for a machine and for the links to it."""
+@contextmanager
+def _free_ports(advertised: str) -> Iterator[int]:
+    """The first of a run of ports that are free for a machine and for the links to it.
+
+    Other tests that run now do not choose them: a UDP socket on the first, which nobody else wants, claims them all.
+    """
     for block in itertools.islice(_port_blocks, 1000):
         first = _FIRST_PORT + block * _NUM_PORTS % (_LAST_PORT - _FIRST_PORT)
-        if all(_is_free(host, port) for host in ("127.0.0.1", advertised) for port in range(first, first + _NUM_PORTS)):
-            return first
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as claim:
+            try:
+                claim.bind(("127.0.0.1", first))
+            except OSError:
+                continue
+            ports = range(first, first + _NUM_PORTS)
+            if all(_is_free(host, port) for host in ("127.0.0.1", advertised) for port in ports):
+                yield first
+                return
     raise AssertionError("no free ports")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tllm.testing import namespaces
 from tllm.testing.links import QUEUE_S
 from tllm.testing.namespaces import MAX_MTU, Rig, Way, missing, network
 
@@ -260,9 +261,9 @@ def test_multicast_reaches_every_node(rig: Rig, stack: ExitStack) -> None:
         assert sock.recv(10) == b"here"
 
 
-def left_behind(pid: int) -> set[str]:
+def left_behind(pid: int, prefix: str = "tllm-test") -> set[str]:
     """By that process; others may have networks of their own."""
-    namespaces = {path.name for path in Path("/run/netns").glob(f"tllm-test-{pid}-*")}
+    namespaces = {path.name for path in Path("/run/netns").glob(f"{prefix}-{pid}-*")}
     devices = {path.name for path in Path("/sys/class/net").glob(f"tt{pid}x*")}
     return namespaces | devices | {thread.name for thread in threading.enumerate() if thread.name == "router"}
 
@@ -283,10 +284,12 @@ def netns_pids(namespace: str) -> list[str]:
     return done.stdout.split()
 
 
-def test_what_a_killed_process_left_behind_is_removed_by_the_next() -> None:
+def test_what_a_killed_process_left_behind_is_removed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = f"tllm-left-{os.getpid()}"  # or the next might be one of somebody else who runs these tests now
+    monkeypatch.setattr(namespaces, "_PREFIX", prefix)
     program = (
-        "from tllm.testing.namespaces import network\n"
-        "with network(['x', 'y']):\n    print('up', flush=True)\n    input()"
+        f"from tllm.testing import namespaces\nnamespaces._PREFIX = {prefix!r}\n"
+        "with namespaces.network(['x', 'y']):\n    print('up', flush=True)\n    input()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -294,10 +297,10 @@ def test_what_a_killed_process_left_behind_is_removed_by_the_next() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
         process.kill()
-    assert left_behind(process.pid)
+    assert left_behind(process.pid, prefix)
     with network(["z"]):
         pass
-    assert not left_behind(process.pid)
+    assert not left_behind(process.pid, prefix)
 
 
 def test_large_packets_carry_a_stream_whole(stack: ExitStack) -> None:
