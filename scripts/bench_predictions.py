@@ -202,7 +202,7 @@ async def over(rig: Rig, name: str, overhead: Overhead, turns: int) -> tuple[lis
 
 def print_overhead(overhead: Overhead) -> None:
     parts = ", ".join(f"{1e3 * s:.2f} ms for {rows}" for rows, s in zip(overhead.rows, overhead.head_s, strict=True))
-    print(f"beside engines and links a step takes {parts} rows at the head, {1e3 * overhead.handover_s:.2f} ms a stage")
+    print(f"beside engines and links a step takes {parts} rows at the head, {1e3 * overhead.handover_s:.2f} ms at a further stage")
 
 
 def print_head(first: str) -> None:

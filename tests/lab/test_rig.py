@@ -62,23 +62,25 @@ def test_a_forecast_is_the_planners_with_what_a_step_costs_beside() -> None:
     )
     speed = Speed(rows=(1, 256), layer_s=(1e-3, 256e-3), head_s=(2e-3, 2e-3), step_s=1e-3)
     node = NodeProfile(id="a", name="a", machine="m", host="", memory_bytes=100, num_threads=1, speed=speed)
-    stage = StagePlan(
-        node=node,
-        shard=Shard(first_layer=0, last_layer=2, embed=True, head=True),
-        num_threads=1,
-        held_bytes=30,
-        read_bytes=25,
-        kv_bytes_per_position=2,
-    )
+
+    def stage(first: int, last: int) -> StagePlan:
+        return StagePlan(
+            node=node,
+            shard=Shard(first_layer=first, last_layer=last, embed=first == 0, head=last == 2),
+            num_threads=1,
+            held_bytes=30,
+            read_bytes=25,
+            kv_bytes_per_position=2,
+        )
+
+    stages = (stage(0, 1), stage(1, 2))
     overhead = Overhead(rows=(1, 4), head_s=(1e-3, 4e-3), handover_s=0.5e-3)
-    forecast = Forecast(
-        model=model, stages=(stage,), links=(), head_machine="m", overhead=overhead, max_batch_tokens=16
-    )
-    bare = chain_of(model, [stage], [], head_machine="m", head_step_s=0.0)
+    forecast = Forecast(model=model, stages=stages, links=(), head_machine="m", overhead=overhead, max_batch_tokens=16)
+    bare = chain_of(model, stages, [], head_machine="m", head_step_s=0.0)
     assert bare is not None
     for batch, head_s in ((1, 1e-3), (4, 4e-3), (9, 4e-3)):
-        expected_s = bare.round_trip(batch, context=10).cycle_s + head_s + overhead.handover_s
-        assert forecast.decode_step_s(batch, 10) == pytest.approx(expected_s)
-        assert forecast.tokens_per_s(batch, 10) == pytest.approx(batch / expected_s)
-    assert forecast.ttft_s(64) == pytest.approx(bare.prefill_s(64, 16) + 4 * (1e-3 + overhead.handover_s))
+        expected_s = bare.round_trip(batch, context=10, num_steps=1).cycle_s + head_s + overhead.handover_s
+        assert forecast.round_trip(batch, 10, num_steps=1).cycle_s == pytest.approx(expected_s)
+        assert forecast.tokens_per_s(batch, 10) == pytest.approx(batch / forecast.decode_step_s(batch, 10))
+    assert forecast.ttft_s(16) == pytest.approx(bare.prefill_s(16, 16) + 1e-3 + overhead.handover_s)
     assert forecast.ttft_s(64, chunk=1 << 20) == forecast.ttft_s(64)

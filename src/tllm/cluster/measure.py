@@ -78,6 +78,7 @@ _ROWS: Final = (*_DECODES, *_PREFILLS)
 _CONTEXT: Final = 128  # positions before a decode
 _LONG_CONTEXT: Final = 2048  # where attention is measured; less for models that do not take so long a one
 _LONG_DECODES: Final = 4
+_LEAST_PROMPTS: Final = 5  # that there must be time for: two to warm up, two that count, and one that is longer
 _BLOCK_SIZE: Final = 16
 _UNCACHED_BYTES: Final = 512 << 20  # more than most processors keep
 _HEAD_BYTES: Final = 256 << 20  # of a head that are measured at most
@@ -150,7 +151,8 @@ def _measure(bench: _Bench, full: ModelSpec, num_layers: int, began: float, budg
     num_layers = max(1, min(num_layers, spare // bench.layer_bytes))
     bench.become(_part(num_layers))
     stages_s = bench.plain_s(_ROWS[: len(steps_s)], until(_LAYERS_SHARE))
-    read_s, pair_s = (seconds / num_layers for seconds in bench.attention_s(until(_ATTENTION_SHARE)))
+    prompt_s = stages_s[-1] if len(stages_s) == len(_ROWS) else math.inf
+    read_s, pair_s = (seconds / num_layers for seconds in bench.attention_s(prompt_s, until(_ATTENTION_SHARE)))
     # What a step of many rows costs beyond one of a single row is in the layers too, so that the whole model is right.
     layers_s = [
         max(0.0, (stage_s - step_s) / num_layers + (step_s - steps_s[0]) / full.num_layers - attention_s)
@@ -231,22 +233,24 @@ class _Bench:
         ]
         return [statistics.median(seconds for (seconds,) in turns) for turns in self._turns(cases, until)]
 
-    def attention_s(self, until: float) -> tuple[float, float]:
+    def attention_s(self, prompt_s: float, until: float) -> tuple[float, float]:
         """Seconds of all the shard's layers for one position of KV in decodes, and for a row and a position in a
-        prompt; 0 and 0 where there is no time, no memory or no long context."""
+        prompt; 0 and 0 where there is no time, no memory or no long context. `prompt_s`: of the longest prompt."""
         num_rows, num_positions = self._prompt_length, self._num_long_blocks * _BLOCK_SIZE
         num_more = num_positions - self._num_context_blocks * _BLOCK_SIZE
-        if num_more < num_positions // 2 or self._num_prompt_blocks < _LONG_DECODES or not self._grow():
+        if num_more < num_positions // 2 or self._num_prompt_blocks < _LONG_DECODES:
+            return 0.0, 0.0
+        if _LEAST_PROMPTS * prompt_s > until - self.clock() or not self._grow():
             return 0.0, 0.0
         cases = [
-            _Case(rows=_LONG_DECODES, steps=(self._step(self._short_decodes()), self._step(self._long_decodes()))),
             _Case(rows=num_rows, steps=(self._step(self._short_prompt()), self._step(self._long_prompt()))),
+            _Case(rows=_LONG_DECODES, steps=(self._step(self._short_decodes()), self._step(self._long_decodes()))),
         ]
         more_s = [max(0.0, statistics.median(b - a for a, b in turns)) for turns in self._turns(cases, until)]
         if len(more_s) < len(cases):
             return 0.0, 0.0
         self._prepare()
-        return more_s[0] / (_LONG_DECODES * num_positions), more_s[1] / (num_rows * num_positions)
+        return more_s[1] / (_LONG_DECODES * num_positions), more_s[0] / (num_rows * num_positions)
 
     def contexts_s(self, read_s: float, pair_s: float) -> list[float]:
         """A layer's attention in the steps of `plain_s`."""

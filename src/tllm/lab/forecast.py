@@ -16,15 +16,15 @@ from tllm.planner.profile import LinkProfile, Load, ModelProfile
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overhead:
-    """What steps cost beside engines and links, by the rows in them: `head_s[i]` at the head for `rows[i]` rows, and
-    `handover_s` at every stage."""
+    """What steps cost beside engines and links, by the rows in them: `head_s[i]` at the head and the first stage for
+    `rows[i]` rows, and `handover_s` at every other stage."""
 
     rows: tuple[int, ...] = (1,)
     head_s: tuple[float, ...] = (HEAD_STEP_S,)
     handover_s: float = 0.0
 
     def step_s(self, num_rows: float) -> float:
-        """At the head. Beyond the last number of rows as much as there."""
+        """At the head and the first stage. Beyond the last number of rows as much as there."""
         return interpolate(self.rows, self.head_s, min(num_rows, self.rows[-1]))
 
 
@@ -64,7 +64,7 @@ class Forecast:
     def _chain(self, num_rows: float) -> Chain:
         chain = chain_of(
             self.model,
-            _handed_over(self.stages, self.overhead.handover_s),
+            [self.stages[0], *_handed_over(self.stages[1:], self.overhead.handover_s)],
             self.links,
             head_machine=self.head_machine,
             head_step_s=self.overhead.step_s(num_rows),

@@ -1,8 +1,12 @@
-"""What a step costs beside computing it, measured: a model so small that nearly all of its steps' time is everything
-else, through one stage and through two.
+"""What a step costs beside computing it, measured: a small model alone in a process, through one stage and through two.
 
-    one stage    head + handover + 2 hops + engine        what is left without engine and hops is the head's
-    two stages   head + 2 handovers + 3 hops + engines    and what the second stage adds is a handover
+    alone        engine
+    one stage    engine + head + 2 hops
+    two stages   engine + head + 3 hops + handover     the engine's time is the same, in two parts
+
+The model is small, but its steps last some milliseconds. While they do, whoever waits for them falls asleep, and who
+reads the last one's tokens takes a core away from them: both are a part of what a step costs, and with steps of next to
+nothing neither would show.
 
 This file does not know what the figures are used for.
 """
@@ -14,38 +18,63 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tllm.core.types import DType
 from tllm.lab.forecast import Overhead
 from tllm.lab.rig import Answer, Rig, Stage, decode_rate, pipeline
-from tllm.testing.checkpoints import tiny_checkpoint
+from tllm.lab.system import ChildSystem, Decode
+from tllm.models.config import Config
+from tllm.models.synthetic import write_zeros
+from tllm.planner.network import SAME_MACHINE_RTT_S
+from tllm.testing.checkpoints import tiny_config
 
+_MODEL = tiny_config(
+    "llama", layers=8, hidden_size=512, intermediate_size=2048, heads=8, kv_heads=4, vocab_size=32000, max_positions=512
+)
 _ROWS = (1, 4, 16)
 _PROMPT = tuple(range(3, 11))
 _NUM_TOKENS = 48
 _NUM_TURNS = 5
+_HOP_S = SAME_MACHINE_RTT_S / 2  # as predictions have it
 
 
 async def measure_overhead(stages: Sequence[Stage]) -> Overhead:
     """For workers with those threads and processors; takes some ten seconds."""
     with tempfile.TemporaryDirectory(prefix="tllm-overhead-") as directory:
-        tiny = Path(directory)
-        tiny_checkpoint(tiny, "llama")
-        one_s = await _outside_s(tiny, stages[:1])
-        two_s = await _outside_s(tiny, stages[:2]) if len(stages) > 1 else None
-    handover_s = 0.0 if two_s is None else max(0.0, statistics.median(b - a for a, b in zip(one_s, two_s, strict=True)))
-    return Overhead(rows=_ROWS, head_s=tuple(max(0.0, each - handover_s) for each in one_s), handover_s=handover_s)
+        small = Path(directory)
+        write_zeros(small, Config(path="the small model", fields=_MODEL), DType.BFLOAT16)
+        with ChildSystem("tllm", small, DType.BFLOAT16, stages[0].num_threads, cpus=stages[0].cpus) as alone:
+            async with pipeline(small, stages=stages[:1]) as one:
+                alone_s, one_s = await _in_turns(alone, one)
+        head_s = tuple(max(0.0, b - a - 2 * _HOP_S) for a, b in zip(alone_s, one_s, strict=True))
+        if len(stages) == 1:
+            return Overhead(rows=_ROWS, head_s=head_s)
+        async with pipeline(small, stages=stages[:1]) as one, pipeline(small, stages=stages[:2]) as two:
+            more_s = [b - a for a, b in zip(await _cycles_s(one), await _cycles_s(two), strict=True)]
+    return Overhead(rows=_ROWS, head_s=head_s, handover_s=max(0.0, statistics.median(more_s) - _HOP_S))
 
 
-async def _outside_s(tiny: Path, stages: Sequence[Stage]) -> list[float]:
-    """Seconds of a step that are neither the engines' nor the hops', for each number of rows."""
-    async with pipeline(tiny, stages=stages) as rig:
-        await rig.measure_speeds()
-        found = []
-        for rows in _ROWS:
-            await rig.serve(max_sequences=rows, max_model_len=128, max_steps_in_flight=1)
-            cycles_s = [rows / decode_rate(await _answers(rig, rows)) for _ in range(1 + _NUM_TURNS)][1:]
-            expected_s = rig.chain(head_step_s=0.0).round_trip(rows, context=_NUM_TOKENS, num_steps=1).cycle_s
-            found.append(statistics.median(cycles_s) - expected_s)
-        return found
+async def _in_turns(alone: ChildSystem, one: Rig) -> tuple[list[float], list[float]]:
+    """Seconds of a step for each number of rows."""
+    alone_s, one_s = [], []
+    for rows in _ROWS:
+        request = Decode(batch=rows, context=_NUM_TOKENS // 2, num_steps=_NUM_TOKENS)
+        await one.serve(max_sequences=rows, max_model_len=128, max_steps_in_flight=1)
+        turns = [(alone.decode(request) / _NUM_TOKENS, await _cycle_s(one, rows)) for _ in range(1 + _NUM_TURNS)][1:]
+        alone_s.append(statistics.median(a for a, _ in turns))
+        one_s.append(statistics.median(b for _, b in turns))
+    return alone_s, one_s
+
+
+async def _cycles_s(rig: Rig) -> list[float]:
+    found = []
+    for rows in _ROWS:
+        await rig.serve(max_sequences=rows, max_model_len=128, max_steps_in_flight=1)
+        found.append(statistics.median([await _cycle_s(rig, rows) for _ in range(1 + _NUM_TURNS)][1:]))
+    return found
+
+
+async def _cycle_s(rig: Rig, rows: int) -> float:
+    return rows / decode_rate(await _answers(rig, rows))
 
 
 async def _answers(rig: Rig, num: int) -> tuple[Answer, ...]:

@@ -431,7 +431,7 @@ class _Worker:
         self._process = process
         self._deadlines = deadlines
         self._answer: asyncio.Future[pb.WorkerEvent] | None = None
-        self._epoch = 0  # that it was ordered to start
+        self._epoch = 0  # that the order starts; 0: none
         self._watching = asyncio.create_task(process.watch(self._take), name=process.id)
 
     @classmethod
@@ -443,7 +443,6 @@ class _Worker:
         self.load_s, self.addresses = event.loaded.load_s, tuple(event.loaded.addresses)
 
     async def start(self, start: pb.Start) -> None:
-        self._epoch = start.limits.epoch
         await self._ask(pb.WorkerOrder(start=start), self._deadlines.start_s)
 
     async def measure(self, order: pb.Measure) -> pb.Measured:
@@ -455,7 +454,7 @@ class _Worker:
 
     async def _ask(self, order: pb.WorkerOrder, timeout_s: float) -> pb.WorkerEvent:
         """Raises EngineError with the worker's words when it fails or ends, UnavailableError when it says nothing."""
-        self._answer = asyncio.get_running_loop().create_future()
+        self._answer, self._epoch = asyncio.get_running_loop().create_future(), order.start.limits.epoch
         order.worker_id = self._process.id
         await self._process.order(order)
         try:
@@ -473,7 +472,8 @@ class _Worker:
         return event
 
     async def _take(self, event: pb.WorkerEvent) -> None:
-        is_old = event.failed.epoch not in (0, self._epoch)  # how an epoch ended that was left on purpose
+        is_failure = event.WhichOneof("event") == "failed"
+        is_old = is_failure and event.failed.epoch != self._epoch  # how an epoch ended that was left on purpose
         is_answer = event.WhichOneof("event") != "loading" and not is_old
         if is_answer and self._answer is not None and not self._answer.done():
             self._answer.set_result(event)

@@ -259,7 +259,10 @@ def read_files(paths: Sequence[str], *, keep: bool) -> float:
 class Child:
     """The parent's end of a child that runs the command: one method a request."""
 
-    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], *, cpus: Sequence[int] = ()
+    ) -> None:
+        """`cpus`: that it is pinned to, on Linux."""
         self.name = name
         with ExitStack() as stack:
             process = subprocess.Popen(
@@ -267,6 +270,8 @@ class Child:
             )
             self._process = stack.enter_context(process)
             stack.callback(self._process.kill)
+            if cpus:  # long before it has more than one thread
+                os.sched_setaffinity(process.pid, cpus)
             self.ask("load")
             self._stack = stack.pop_all()
 
@@ -303,12 +308,19 @@ class ChildSystem(Child):
     """`tllm`, `transformers` or `memory`."""
 
     def __init__(
-        self, name: str, model: Path, dtype: DType, num_threads: int, quantization: Quantization | None = None
+        self,
+        name: str,
+        model: Path,
+        dtype: DType,
+        num_threads: int,
+        quantization: Quantization | None = None,
+        *,
+        cpus: Sequence[int] = (),
     ) -> None:
         form = str(quantization) if quantization else _PLAIN
         command = [sys.executable, "-m", "tllm.lab.system", name, str(model), dtype, form, str(num_threads)]
         environment = worker_environment(num_threads) if name == "tllm" else dict(os.environ)
-        super().__init__(name, command, environment)
+        super().__init__(name, command, environment, cpus=cpus)
 
     def bandwidth(self, num_threads: int) -> float:
         return float(self.ask("bandwidth", num_threads=num_threads))
