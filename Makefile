@@ -2,7 +2,7 @@
 # make test   every test
 # make check  what CI runs: format, lint, types, import rules, tests
 # make serve  the server, left up
-.PHONY: demo test serve check lint fix bench bench-cpu bench-plan soak proto setup clean
+.PHONY: demo test serve check lint fix bench bench-cpu bench-plan bench-predictions soak proto setup clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -55,6 +55,10 @@ soak: $(READY)
 # What the planner predicts beside what is measured: a quarter of an hour as root on a quiet machine.
 bench-plan: $(READY) .bench/llama-3.2-1b .bench/qwen3-0.6b
 	$(BIN)/python -m scripts.bench_plan
+
+# What the calculator says beside what is measured: a quarter of an hour on a quiet machine.
+bench-predictions: $(READY)
+	$(BIN)/python -m scripts.bench_predictions $(ARGS)
 
 # Published shapes with random weights: 2.5 GB and 1.2 GB.
 .bench/%: | $(READY)

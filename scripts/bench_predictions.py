@@ -6,8 +6,9 @@
 
 Measured is a pipeline of real workers (`lab/rig.py`). Predicted is the planner's arithmetic (`planner/predict.py`) from
 what is measured of its parts: layers, head and attention of a model of zeros; links by echoes; and what a step costs
-beside all that, on a model of next to nothing. Parts and wholes are measured in turns, errors are medians over turns
-of what belongs to the same turn, and beside each decode stands what the memory's bandwidth allows.
+beside all that, on a small model. Parts and wholes are measured in turns, decodes before and after the parts because a
+shared machine's memory changes its speed within seconds; errors are of medians over the turns, and beside each decode
+stands what the memory's bandwidth allows.
 
 Run from the repository's root, on a quiet machine: `python -m scripts.bench_predictions`.
 """
@@ -58,8 +59,8 @@ class Pair:
 
     @property
     def error(self) -> float:
-        """Of the prediction, as a share of what was measured."""
-        return statistics.median(p / m for p, m in zip(self.predicted, self.measured, strict=True)) - 1
+        """Of the prediction's median, as a share of that of what was measured."""
+        return statistics.median(self.predicted) / statistics.median(self.measured) - 1
 
 
 def pairs(names: Sequence[str]) -> dict[str, Pair]:
@@ -93,14 +94,21 @@ async def speed_of(
     async with pipeline(directory, stages=[Stage(num_threads=threads)], dtype=dtype, quantization=quantization) as rig:
         longest = min(max(PROMPTS) + NUM_DECODED, rig.checkpoint.spec.max_positions)
         await rig.serve(max_sequences=max(BATCHES), max_model_len=longest)
-        for turn in range(-1, turns):
-            await rig.measure_speeds()
-            forecast = rig.forecast(overhead)
-            bytes_per_s = reader.bandwidth(threads)
+
+        async def decode_once(*, counts: bool) -> None:
             for batch in BATCHES:
                 answers = await rig.answers([prompts.of(CONTEXT) for _ in range(batch)], max_tokens=NUM_DECODED)
-                if turn >= 0:
+                if counts:
                     decode[str(batch)].measured.append(decode_rate(answers))
+
+        for turn in range(-1, turns):
+            await decode_once(counts=turn >= 0)
+            await rig.measure_speeds()
+            await decode_once(counts=turn >= 0)
+            forecast = rig.forecast(overhead)
+            bytes_per_s = reader.bandwidth(threads)
+            if turn >= 0:
+                for batch in BATCHES:
                     decode[str(batch)].predicted.append(forecast.tokens_per_s(batch, CONTEXT + NUM_DECODED / 2))
             if turn >= 0:
                 limits.append(bytes_per_s / rig.model.read_bytes(0, rig.model.num_layers))
@@ -202,7 +210,8 @@ async def over(rig: Rig, name: str, overhead: Overhead, turns: int) -> tuple[lis
 
 def print_overhead(overhead: Overhead) -> None:
     parts = ", ".join(f"{1e3 * s:.2f} ms for {rows}" for rows, s in zip(overhead.rows, overhead.head_s, strict=True))
-    print(f"beside engines and links a step takes {parts} rows at the head, {1e3 * overhead.handover_s:.2f} ms at a further stage")
+    further = f"{1e3 * overhead.handover_s:.2f} ms at a further stage"
+    print(f"beside engines and links a step takes {parts} rows at the head, {further}")
 
 
 def print_head(first: str) -> None:

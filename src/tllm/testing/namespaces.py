@@ -371,4 +371,8 @@ def _remove_left_behind() -> None:
     for namespace in _NAMESPACES.glob(f"{_PREFIX}-*"):
         pid = namespace.name.removeprefix(f"{_PREFIX}-").partition("-")[0]
         if not Path("/proc", pid).exists():
-            _remove(namespace.name)
+            try:
+                _remove(namespace.name)
+            except OSError:
+                if namespace.exists():  # else another process was faster
+                    raise
