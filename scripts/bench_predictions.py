@@ -210,8 +210,10 @@ async def over(rig: Rig, name: str, overhead: Overhead, turns: int) -> tuple[lis
 
 def print_overhead(overhead: Overhead) -> None:
     parts = ", ".join(f"{1e3 * s:.2f} ms for {rows}" for rows, s in zip(overhead.rows, overhead.head_s, strict=True))
-    further = f"{1e3 * overhead.handover_s:.2f} ms at a further stage"
-    print(f"beside engines and links a step takes {parts} rows at the head, {further}")
+    more = (
+        f"{1e3 * overhead.first_s:.2f} ms more for a first one, {1e3 * overhead.handover_s:.2f} ms at a further stage"
+    )
+    print(f"beside engines and links a step takes {parts} rows at the head, {more}")
 
 
 def print_head(first: str) -> None:

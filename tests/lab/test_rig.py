@@ -74,7 +74,7 @@ def test_a_forecast_is_the_planners_with_what_a_step_costs_beside() -> None:
         )
 
     stages = (stage(0, 1), stage(1, 2))
-    overhead = Overhead(rows=(1, 4), head_s=(1e-3, 4e-3), handover_s=0.5e-3)
+    overhead = Overhead(rows=(1, 4), head_s=(1e-3, 4e-3), handover_s=0.5e-3, first_s=2e-3)
     forecast = Forecast(model=model, stages=stages, links=(), head_machine="m", overhead=overhead, max_batch_tokens=16)
     bare = chain_of(model, stages, [], head_machine="m", head_step_s=0.0)
     assert bare is not None
@@ -82,5 +82,5 @@ def test_a_forecast_is_the_planners_with_what_a_step_costs_beside() -> None:
         expected_s = bare.round_trip(batch, context=10, num_steps=1).cycle_s + head_s + overhead.handover_s
         assert forecast.round_trip(batch, 10, num_steps=1).cycle_s == pytest.approx(expected_s)
         assert forecast.tokens_per_s(batch, 10) == pytest.approx(batch / forecast.decode_step_s(batch, 10))
-    assert forecast.ttft_s(16) == pytest.approx(bare.prefill_s(16, 16) + 1e-3 + overhead.handover_s)
+    assert forecast.ttft_s(16) == pytest.approx(bare.prefill_s(16, 16) + 1e-3 + overhead.handover_s + overhead.first_s)
     assert forecast.ttft_s(64, chunk=1 << 20) == forecast.ttft_s(64)

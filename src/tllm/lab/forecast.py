@@ -17,11 +17,13 @@ from tllm.planner.profile import LinkProfile, Load, ModelProfile
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overhead:
     """What steps cost beside engines and links, by the rows in them: `head_s[i]` at the head and the first stage for
-    `rows[i]` rows, and `handover_s` at every other stage."""
+    `rows[i]` rows, and `handover_s` at every other stage. `first_s` is what a first step costs more than that, when
+    everybody has slept until a prompt came."""
 
     rows: tuple[int, ...] = (1,)
     head_s: tuple[float, ...] = (HEAD_STEP_S,)
     handover_s: float = 0.0
+    first_s: float = 0.0
 
     def step_s(self, num_rows: float) -> float:
         """At the head and the first stage. Beyond the last number of rows as much as there."""
@@ -55,7 +57,7 @@ class Forecast:
         """From its arrival to the first token of a prompt that comes alone, in chunks as it is driven, or of `chunk`
         tokens."""
         size = min(chunk or self.prefill_chunk or self.max_batch_tokens, self.max_batch_tokens)
-        return self._chain(1).prefill_s(prompt, size)
+        return self.overhead.first_s + self._chain(1).prefill_s(prompt, size)
 
     def best_chunk(self, prompt: int) -> int:
         """Tokens of a chunk with which the prompt's first token is soonest."""

@@ -13,6 +13,7 @@ This file does not know what the figures are used for.
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from pathlib import Path
 from tllm.core.types import DType
 from tllm.lab.forecast import Overhead
 from tllm.lab.rig import Answer, Rig, Stage, decode_rate, pipeline
-from tllm.lab.system import ChildSystem, Decode
+from tllm.lab.system import ChildSystem, Decode, Prefill
 from tllm.models.config import Config
 from tllm.models.synthetic import write_zeros
 from tllm.planner.network import SAME_MACHINE_RTT_S
@@ -33,6 +34,8 @@ _MODEL = tiny_config(
 _ROWS = (1, 4, 16)
 _PROMPT = tuple(range(3, 11))
 _NUM_TOKENS = 48
+_SHORT_PROMPT = 32
+_PAUSE_S = 0.01
 _NUM_TURNS = 5
 _HOP_S = SAME_MACHINE_RTT_S / 2  # as predictions have it
 
@@ -45,12 +48,15 @@ async def measure_overhead(stages: Sequence[Stage]) -> Overhead:
         with ChildSystem("tllm", small, DType.BFLOAT16, stages[0].num_threads, cpus=stages[0].cpus) as alone:
             async with pipeline(small, stages=stages[:1]) as one:
                 alone_s, one_s = await _in_turns(alone, one)
+                outside_s = await _first_s(alone, one)
         head_s = tuple(max(0.0, b - a - 2 * _HOP_S) for a, b in zip(alone_s, one_s, strict=True))
+        first_s = max(0.0, outside_s - 2 * _HOP_S - head_s[0])
         if len(stages) == 1:
-            return Overhead(rows=_ROWS, head_s=head_s)
+            return Overhead(rows=_ROWS, head_s=head_s, first_s=first_s)
         async with pipeline(small, stages=stages[:1]) as one, pipeline(small, stages=stages[:2]) as two:
             more_s = [b - a for a, b in zip(await _cycles_s(one), await _cycles_s(two), strict=True)]
-    return Overhead(rows=_ROWS, head_s=head_s, handover_s=max(0.0, statistics.median(more_s) - _HOP_S))
+    handover_s = max(0.0, statistics.median(more_s) - _HOP_S)
+    return Overhead(rows=_ROWS, head_s=head_s, handover_s=handover_s, first_s=first_s)
 
 
 async def _in_turns(alone: ChildSystem, one: Rig) -> tuple[list[float], list[float]]:
@@ -63,6 +69,18 @@ async def _in_turns(alone: ChildSystem, one: Rig) -> tuple[list[float], list[flo
         alone_s.append(statistics.median(a for a, _ in turns))
         one_s.append(statistics.median(b for _, b in turns))
     return alone_s, one_s
+
+
+async def _first_s(alone: ChildSystem, one: Rig) -> float:
+    """Seconds to the first token of a short prompt, after a pause, beyond what the engine takes that has had none."""
+    await one.serve(max_sequences=1, max_model_len=128)
+    outside_s = []
+    for turn in range(1 + 2 * _NUM_TURNS):
+        prompt = range(3 + turn, 3 + turn + _SHORT_PROMPT)
+        alone_s = min(alone.prefill(Prefill(num_tokens=_SHORT_PROMPT)) for _ in range(3))
+        await asyncio.sleep(_PAUSE_S)
+        outside_s.append((await one.answer(prompt, max_tokens=1)).ttft_s - alone_s)
+    return statistics.median(outside_s[1:])
 
 
 async def _cycles_s(rig: Rig) -> list[float]:
