@@ -127,12 +127,12 @@ async def test_streams_beyond_a_few_are_refused(tmp_path: Path) -> None:
         served(tmp_path) as (address, _),
         MatrixClient([address], identity=None) as one,
         MatrixClient([address], identity=None) as other,
-        MatrixClient([address], identity=None) as third,
     ):
         await one.round_trip_s()
         await other.round_trip_s()
-        with pytest.raises(TransportError, match="try again when they are done"):
-            await third.round_trip_s()
+        async with MatrixClient([address], identity=None) as third:
+            with pytest.raises(TransportError, match="try again when they are done"):
+                await third.round_trip_s()
 
 
 async def test_who_waits_for_a_benchmark_hears_of_its_beginning_and_its_end(tmp_path: Path) -> None:

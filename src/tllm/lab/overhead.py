@@ -6,7 +6,7 @@
 
 The model is small, but its steps last some milliseconds. While they do, whoever waits for them falls asleep, and who
 reads the last one's tokens takes a core away from them: both are a part of what a step costs, and with steps of next to
-nothing neither would show.
+nothing neither would show. For a model that is itself next to nothing, another such one is taken.
 
 This file does not know what the figures are used for.
 """
@@ -31,6 +31,8 @@ from tllm.testing.checkpoints import tiny_config
 _MODEL = tiny_config(
     "llama", layers=8, hidden_size=512, intermediate_size=2048, heads=8, kv_heads=4, vocab_size=32000, max_positions=512
 )
+_TINY = tiny_config("llama", layers=8, hidden_size=192, heads=8, kv_heads=4, vocab_size=1024, max_positions=512)
+_TINY_STEP_BYTES = 20e6  # read in much less than a millisecond
 _ROWS = (1, 4, 16)
 _PROMPT = tuple(range(3, 11))
 _NUM_TOKENS = 48
@@ -40,11 +42,13 @@ _NUM_TURNS = 5
 _HOP_S = SAME_MACHINE_RTT_S / 2  # as predictions have it
 
 
-async def measure_overhead(stages: Sequence[Stage]) -> Overhead:
-    """For workers with those threads and processors; takes some ten seconds."""
+async def measure_overhead(stages: Sequence[Stage], *, step_bytes: int | None = None) -> Overhead:
+    """For workers with those threads and processors; takes some ten seconds. `step_bytes`: that a step of the model in
+    question reads."""
+    model = _TINY if step_bytes is not None and step_bytes < _TINY_STEP_BYTES else _MODEL
     with tempfile.TemporaryDirectory(prefix="tllm-overhead-") as directory:
         small = Path(directory)
-        write_zeros(small, Config(path="the small model", fields=_MODEL), DType.BFLOAT16)
+        write_zeros(small, Config(path="the small model", fields=model), DType.BFLOAT16)
         with ChildSystem("tllm", small, DType.BFLOAT16, stages[0].num_threads, cpus=stages[0].cpus) as alone:
             async with pipeline(small, stages=stages[:1]) as one:
                 alone_s, one_s = await _in_turns(alone, one)

@@ -64,7 +64,7 @@ class EngineForecast:
 async def measured_forecast(rig: Rig, stages: Sequence[Stage], overhead: Overhead | None = None) -> Forecast:
     """Times the model's parts on every worker, and the overhead unless it is given. Takes some ten seconds."""
     await rig.measure_speeds()
-    return rig.forecast(overhead or await measure_overhead(stages))
+    return rig.forecast(overhead or await measure_overhead(stages, step_bytes=step_bytes(rig)))
 
 
 def with_ranks(forecast: Forecast, num_ranks: int) -> Forecast:
