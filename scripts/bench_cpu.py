@@ -33,7 +33,7 @@ import numpy as np
 
 from scripts.make_gguf import write_gguf
 from tllm.cluster.machine import num_processors
-from tllm.cluster.measure import processor_name
+from tllm.cluster.speeds import processor_name
 from tllm.core.config import EMBEDDED_MODEL
 from tllm.core.types import DType, Quantization
 from tllm.core.units import format_bytes

@@ -44,7 +44,7 @@ import httpx
 
 from tests.system.processes import Server, Tllm, tllm
 from tllm.cluster.machine import processors
-from tllm.cluster.measure import processor_name
+from tllm.cluster.speeds import processor_name
 from tllm.core.config import EMBEDDED_MODEL
 from tllm.testing.links import emulated_link
 from tllm.transport import rpc

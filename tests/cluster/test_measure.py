@@ -1,11 +1,9 @@
-"""Measuring: exact on a machine whose costs are known, bounded in time on a slow one, and remembered."""
+"""Measuring: exact on a machine whose costs are known, and bounded in time on a slow one."""
 
 from __future__ import annotations
 
 import json
-import math
-import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,17 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tllm.cluster import measure
-from tllm.cluster.measure import (
-    BUDGET_S,
-    MAX_BYTES_PER_S,
-    SpeedCache,
-    from_message,
-    measure_link,
-    measure_speed,
-    speed_key,
-    to_message,
-)
-from tllm.core.errors import EngineError, FrameError, ModelError, TransportError
+from tllm.cluster.measure import BUDGET_S, measure_speed
+from tllm.core.errors import EngineError, ModelError
 from tllm.core.types import Activation, DType, Step, StepResult
 from tllm.engines.base import Engine, EngineConfig
 from tllm.engines.torch.engine import TorchEngine
@@ -140,9 +129,6 @@ def assert_right(speed: Speed, machine: Machine, num_layers: int, vocab_size: in
         whole_s = machine.step_s(rows) + num_layers * machine.layer_s(rows)
         assert speed.step_s + num_layers * layer_s == pytest.approx(whole_s)
         assert head_s == pytest.approx(machine.head_s(rows, vocab_size))
-
-
-# Speed ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("config", "num_layers", "vocab_size"), [(SMALL, 6, 500), (LARGE, 32, 128256)])
@@ -294,167 +280,3 @@ def test_layers_of_several_kinds_are_shortened_with_the_rest() -> None:
     fields["use_sliding_window"] = True
     config = shortened(Config(path="config", fields=fields), 3, 100)
     assert read_spec(config, find_family(config)).windows == (None, 8, None)
-
-
-# Remembered -----------------------------------------------------------------------------------------------------------
-
-SPEED = Speed(rows=(1, 4), layer_s=(0.25, 0.5), head_s=(1e-3, 0.0), step_s=1e-5)
-
-
-def key(config: Mapping[str, object] = SMALL, **changes: object) -> str:
-    arguments = {
-        "dtype": DType.BFLOAT16,
-        "quantization": None,
-        "device": "cpu",
-        "num_threads": 2,
-        "engine": "torch",
-    } | changes
-    return speed_key(config, **arguments)  # type: ignore[arg-type]
-
-
-def test_models_of_one_shape_share_a_key_and_others_do_not() -> None:
-    trained = dict(SMALL) | {"max_position_embeddings": 99, "eos_token_id": 5, "rms_norm_eps": 1e-3, "_name": "x"}
-    assert key(trained) == key()
-    shapes = (("num_hidden_layers", 7), ("intermediate_size", 99), ("num_key_value_heads", 1), ("vocab_size", 501))
-    others = [key(dict(SMALL) | {name: value}) for name, value in shapes]
-    others += [key(dtype=DType.FLOAT16), key(device="cuda"), key(num_threads=1), key(engine="other")]
-    assert len({key(), *others}) == 9
-    with pytest.raises(ModelError):
-        key({"model_type": "dog"})
-
-
-def test_a_speed_is_found_again_by_its_key_alone(tmp_path: Path) -> None:
-    cache = SpeedCache(tmp_path / "speeds")
-    assert cache.get("a") is None
-    cache.put("a", to_message(SPEED))
-    assert SpeedCache(tmp_path / "speeds").get("a") == to_message(SPEED)
-    assert cache.get("b") is None
-    (file,) = (tmp_path / "speeds").iterdir()
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
-
-
-def test_a_key_from_elsewhere_is_no_path(tmp_path: Path) -> None:
-    cache = SpeedCache(tmp_path / "speeds")
-    for hostile in ("../../x", "/etc/passwd", "a" * 5000, "\0", ""):
-        cache.put(hostile, to_message(SPEED))
-        assert cache.get(hostile) == to_message(SPEED)
-    assert [path.name for path in tmp_path.iterdir()] == ["speeds"]
-
-
-@pytest.mark.parametrize(
-    "garbage",
-    [b"", b"{", b"[]", b"{}", b"\xff", b'{"rows":[1],"layer_s":[1],"head_s":[1],"step_s":NaN}', b"[" * 100_000],
-)
-def test_a_damaged_file_is_no_speed(garbage: bytes, tmp_path: Path) -> None:
-    cache = SpeedCache(tmp_path)
-    cache.put("a", to_message(SPEED))
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(garbage)
-    assert cache.get("a") is None
-    cache.put("a", to_message(SPEED))
-    assert cache.get("a") == to_message(SPEED)
-
-
-def test_another_processor_or_framework_has_other_speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    SpeedCache(tmp_path).put("a", to_message(SPEED))
-    for name in ("processor_name", "_framework_version"):
-        with monkeypatch.context() as patch:
-            patch.setattr(measure, name, lambda: "another")
-            assert SpeedCache(tmp_path).get("a") is None
-    assert SpeedCache(tmp_path).get("a") is not None
-
-
-def test_a_cache_that_cannot_be_written_is_only_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").write_text("")
-    cache = SpeedCache(tmp_path / "file" / "speeds")
-    cache.put("a", to_message(SPEED))
-    assert "could not be kept" in caplog.text
-    assert cache.get("a") is None
-
-
-seconds = st.floats(0, 1e6)
-
-
-@given(
-    rows=st.sets(st.integers(2, 1 << 20), max_size=6).map(lambda more: (1, *sorted(more))),
-    data=st.data(),
-    step_s=seconds,
-)
-def test_a_speed_crosses_as_it_is(rows: tuple[int, ...], data: st.DataObject, step_s: float) -> None:
-    each = st.lists(seconds, min_size=len(rows), max_size=len(rows)).map(tuple)
-    speed = Speed(rows=rows, layer_s=data.draw(each), head_s=data.draw(each), step_s=step_s)
-    assert from_message(pb.Speed.FromString(to_message(speed).SerializeToString())) == speed
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        pb.Speed(),
-        pb.Speed(rows=[2], layer_s=[1], head_s=[1]),
-        pb.Speed(rows=[1, 4, 4], layer_s=[1, 1, 1], head_s=[1, 1, 1]),
-        pb.Speed(rows=[1, 4], layer_s=[1], head_s=[1, 1]),
-        pb.Speed(rows=[1], layer_s=[1], head_s=[]),
-        pb.Speed(rows=[1], layer_s=[-1], head_s=[1]),
-        pb.Speed(rows=[1], layer_s=[math.nan], head_s=[1]),
-        pb.Speed(rows=[1], layer_s=[1], head_s=[1], step_s=math.inf),
-    ],
-)
-def test_a_speed_that_contradicts_itself_is_refused(wrong: pb.Speed, tmp_path: Path) -> None:
-    with pytest.raises(FrameError):
-        from_message(wrong)
-    with pytest.raises(FrameError):
-        SpeedCache(tmp_path).put("a", wrong)
-
-
-# Links ----------------------------------------------------------------------------------------------------------------
-
-
-class Link:
-    """A peer at the end of a line of known length and width; the first answers take longer."""
-
-    def __init__(self, rtt_s: float, bytes_per_s: float, *, first_s: float = 0.0, limit_s: float = math.inf) -> None:
-        self.clock = Clock()
-        self.sizes: list[int] = []
-        self._rtt_s, self._bytes_per_s, self._first_s, self._limit_s = rtt_s, bytes_per_s, first_s, limit_s
-
-    async def echo(self, data: bytes) -> None:
-        elapsed_s = self._rtt_s + len(data) / self._bytes_per_s + self._first_s * (not self.sizes)
-        self.sizes.append(len(data))
-        if elapsed_s > self._limit_s:
-            raise TransportError("the peer is gone")
-        self.clock.now_s += elapsed_s
-
-
-@settings(max_examples=50, deadline=None)
-@given(rtt_s=st.floats(1e-5, 0.5), bytes_per_s=st.floats(1e5, 9e9))
-async def test_a_link_is_as_it_is(rtt_s: float, bytes_per_s: float) -> None:
-    link = Link(rtt_s, bytes_per_s, first_s=0.3)
-    found_s, found = await measure_link(link, clock=link.clock)
-    assert found_s == pytest.approx(rtt_s)
-    assert found == pytest.approx(bytes_per_s, rel=1e-3)
-    assert link.sizes.count(0) > 20
-
-
-async def test_a_link_too_fast_to_tell_reports_the_most_there_is() -> None:
-    link = Link(1e-4, 1e13)
-    assert (await measure_link(link, clock=link.clock))[1] == MAX_BYTES_PER_S
-    link = Link(1e-4, math.inf)
-    assert (await measure_link(link, clock=link.clock))[1] == MAX_BYTES_PER_S
-
-
-async def test_a_slow_link_is_not_kept_busy() -> None:
-    link = Link(0.01, 1e5)
-    began = link.clock()
-    await measure_link(link, clock=link.clock)
-    assert link.clock() - began < 21 * 0.01 + 0.5 + 0.7
-    assert max(link.sizes) == 64 << 10
-    fast = Link(0.001, 1e9)
-    await measure_link(fast, clock=fast.clock)
-    assert max(fast.sizes) == 4 << 20
-
-
-async def test_a_peer_that_is_gone_is_an_error() -> None:
-    link = Link(0.01, 1e6, limit_s=0.02)
-    with pytest.raises(TransportError, match="gone"):
-        await measure_link(link, clock=link.clock)

@@ -145,9 +145,8 @@ def test_parameters_are_taken_as_given_or_by_default():
     assert given.numbers("wait_ms", (0.0,)) == (10.0,)
     assert given.text("model", "other") == "tiny"
     assert given.flag("pin", default=False)
-    assert given.optional_count("threads") == 2
+    assert given.count("threads", 1) == 2
     assert given.optional_text("dtype") is None
-    assert given.optional_count("blocks") is None
     assert given.count("requests", 16) == 16
     assert given.number("rate", 2.5) == 2.5
     assert given.choice("arrivals", ("at-once", "poisson"), "poisson") == "poisson"

@@ -32,8 +32,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import tllm.demo
-from tllm.cluster import measure
 from tllm.cluster import shards as cluster_shards
+from tllm.cluster import speeds
 from tllm.core.errors import ConfigError, FrameError, ModelError, TllmError, TransportError
 from tllm.core.types import DType, Epoch
 from tllm.models.checkpoint import Checkpoint
@@ -251,7 +251,7 @@ def with_params(params: bytes) -> bytes:
 def targets_of_the_control_plane() -> Iterator[Target]:
     def said(data: bytes) -> None:
         message = control._decode(data, pb.AgentMessage)
-        measure.from_message(message.measured.speed)
+        speeds.from_message(message.measured.speed)
 
     def ordered(data: bytes) -> None:
         message = control._decode(data, pb.HeadMessage)
@@ -278,7 +278,7 @@ def speed() -> pb.Speed:
 
 
 def read_speed(data: bytes) -> None:
-    measure.from_message(shards._decode(data, pb.Speed))
+    speeds.from_message(shards._decode(data, pb.Speed))
 
 
 def read_pipe(data: bytes, kind: type[Message]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 
 from tests.system.processes import Server, repository
-from tllm.cluster.measure import SpeedCache, speed_key, to_message
+from tllm.cluster.speeds import SpeedCache, speed_key, to_message
 from tllm.core.types import DType
 from tllm.models.checkpoint import Checkpoint
 from tllm.planner.profile import Speed

@@ -27,6 +27,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 
 from tllm import __version__
+from tllm.cluster.echoes import glance_at_link, measure_link
 from tllm.cluster.enrolled import Place
 from tllm.cluster.link_bench import carry_out
 from tllm.cluster.machine import (
@@ -37,9 +38,9 @@ from tllm.cluster.machine import (
     platform_name,
     processors,
 )
-from tllm.cluster.measure import SpeedCache, glance_at_link, measure_link
 from tllm.cluster.process import WorkerProcess
 from tllm.cluster.shards import ShardStore
+from tllm.cluster.speeds import SpeedCache
 from tllm.core.config import Deadlines, NodeConfig, join_address, split_address, state_directory
 from tllm.core.errors import RefusedError, TllmError, TransportError
 from tllm.core.types import HEAD

@@ -1,4 +1,4 @@
-"""What a machine can do, measured: seconds of a model's parts through the real engine, and of bytes over a link.
+"""How fast a machine is for a model, measured: seconds of its parts through the real engine.
 
 A speed is timed on shards of a model of zeros (`models/synthetic.py`), each become the next by `Engine.reload`:
 
@@ -17,27 +17,18 @@ This file does not know which nodes there are, nor what is planned by these numb
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import logging
 import math
-import os
-import platform
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
-import tllm
-from tllm.core.errors import EngineError, FrameError, ModelError
+from tllm.core.errors import EngineError, ModelError
 from tllm.core.types import (
     Activation,
     BlockCopy,
@@ -69,8 +60,6 @@ log = logging.getLogger(__name__)
 Clock = Callable[[], float]
 
 BUDGET_S: Final = 8.0
-_KEPT_S: Final = 24 * 3600.0
-_KEY_VERSION: Final = 2  # of what is measured: another one asks again
 
 _DECODES: Final = (1, 4, 16)
 _PREFILLS: Final = (64, 256)
@@ -91,9 +80,6 @@ _MAX_TURNS: Final = 100
 _ENOUGH_S: Final = 0.8  # beyond the least number, repeat for so long
 
 _GREEDY: Final = SamplingParams(temperature=0.0)
-
-
-# Speed ----------------------------------------------------------------------------------------------------------------
 
 
 def measure_speed(
@@ -426,216 +412,3 @@ def _read_dtype(name: str) -> DType:
         return DType(name)
     except ValueError as error:
         raise ModelError(f"{name!r} is no type of weights; there are {', '.join(DType)}.") from error
-
-
-# Remembered speeds ----------------------------------------------------------------------------------------------------
-
-
-def speed_key(
-    config: Mapping[str, object],
-    dtype: DType,
-    quantization: Quantization | None,
-    device: str,
-    num_threads: int,
-    engine: str,
-) -> str:
-    """What a speed depends on, save the machine: equal for models of one shape, whatever their weights are.
-
-    `config` is what a config.json says. Raises ModelError.
-    """
-    parsed = Config(path="the config to be measured", fields=config)
-    spec = read_spec(parsed, find_family(parsed))
-    shape = asdict(spec)
-    for name in ("family", "max_positions", "norm_eps", "attention_scale", "tied"):
-        del shape[name]
-    shape["positions"] = type(spec.positions).__name__
-    depends_on = [_KEY_VERSION, shape, dtype.value, str(quantization), device, num_threads, engine, tllm.__version__]
-    return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
-
-
-def processor_name() -> str:
-    """As its maker calls it; where that cannot be found out, its architecture."""
-    try:
-        if sys.platform == "linux":
-            found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-            if found is not None:
-                return found[1].strip()
-        if sys.platform == "darwin":
-            asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return platform.processor() or platform.machine()
-
-
-class SpeedCache:
-    """Speeds measured on this machine, a small file each. What cannot be read is not there.
-
-    A speed is found again by its key while processor and framework are the same: a home directory may be several
-    machines', and an upgrade may make all the difference.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._machine = [processor_name(), os.cpu_count(), _framework_version()]
-
-    def get(self, key: str) -> pb.Speed | None:
-        """None also for one that is old: what else the machine did when it was measured should not count for ever."""
-        try:
-            if time.time() - self._path(key).stat().st_mtime > _KEPT_S:
-                return None
-            return to_message(_read_speed(json.loads(self._path(key).read_bytes())))
-        except (OSError, ValueError, RecursionError):
-            return None
-
-    def put(self, key: str, speed: pb.Speed) -> None:
-        """The file is complete before it has its name. A disk that is full costs a line in the log and no more.
-
-        Raises FrameError for a speed that contradicts itself.
-        """
-        text = json.dumps(asdict(from_message(speed)))
-        path = self._path(key)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            try:
-                with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                    file.write(text)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except OSError as error:
-            log.warning("%s: a measured speed could not be kept: %s", path, error.strerror)
-
-    def _path(self, key: str) -> Path:
-        """A key may come from another machine: it never becomes a name as it is."""
-        name = hashlib.sha256(json.dumps([key, *self._machine]).encode()).hexdigest()
-        return self._directory / f"{name}.json"
-
-
-def _framework_version() -> str:
-    try:
-        return importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _read_speed(content: object) -> Speed:
-    """Raises ValueError for anything that is no speed."""
-    match content:
-        case {
-            "rows": [*rows],
-            "layer_s": [*layer_s],
-            "head_s": [*head_s],
-            "step_s": step_s,
-            "read_s": read_s,
-            "pair_s": pair_s,
-        }:
-            pass
-        case _:
-            raise ValueError("a field is missing")
-    if not all(type(number) is int for number in rows) or rows[:1] != [1]:
-        raise ValueError(f"rows are {rows[:8]} and must be whole numbers from 1 on")
-    if any(left >= right for left, right in pairwise(rows)) or not len(rows) == len(layer_s) == len(head_s):
-        raise ValueError(f"rows are {rows[:8]} and must ascend, with a layer's and a head's seconds for each")
-    for seconds in (*layer_s, *head_s, step_s, read_s, pair_s):
-        if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
-            raise ValueError(f"{seconds!r} are no seconds")
-    return Speed(
-        rows=tuple(rows),
-        layer_s=tuple(layer_s),
-        head_s=tuple(head_s),
-        step_s=step_s,
-        read_s=read_s,
-        pair_s=pair_s,
-    )
-
-
-def to_message(speed: Speed) -> pb.Speed:
-    return pb.Speed(
-        rows=speed.rows,
-        layer_s=speed.layer_s,
-        head_s=speed.head_s,
-        step_s=speed.step_s,
-        read_s=speed.read_s,
-        pair_s=speed.pair_s,
-    )
-
-
-def from_message(message: pb.Speed) -> Speed:
-    """Raises FrameError for a speed that contradicts itself."""
-    content: Mapping[str, object] = {
-        "rows": list(message.rows),
-        "layer_s": list(message.layer_s),
-        "head_s": list(message.head_s),
-        "step_s": message.step_s,
-        "read_s": message.read_s,
-        "pair_s": message.pair_s,
-    }
-    try:
-        return _read_speed(content)
-    except ValueError as error:
-        raise FrameError(f"a measured speed that is none: {error}") from error
-
-
-# Links ----------------------------------------------------------------------------------------------------------------
-
-MAX_BYTES_PER_S: Final = 10e9  # what a link reports that is too fast to tell
-
-_NUM_ECHOES: Final = 20
-_BLOB_SIZES: Final = (64 << 10, 256 << 10, 1 << 20, 4 << 20)
-_BLOBS_PER_SIZE: Final = 3
-_BLOBS_S: Final = 0.5
-
-
-class Echoes(Protocol):
-    """A peer that takes bytes and says when all of them are there: `transport.shards.ShardClient`."""
-
-    async def echo(self, data: bytes) -> None: ...
-
-
-async def measure_link(client: Echoes, *, clock: Clock = time.perf_counter) -> tuple[float, float]:
-    """Seconds to the peer and back, and bytes per second on the way there. Raises TransportError.
-
-    The time of a blob is the round trip and the bytes; the difference of two sizes' times is the bytes alone. The best
-    time of a size counts, for a connection has yet to find out how much it may send at once.
-    """
-
-    async def echo_s(data: bytes) -> float:
-        began = clock()
-        await client.echo(data)
-        return clock() - began
-
-    await echo_s(b"")  # whatever the first message has to wait for
-    small = [await echo_s(b"") for _ in range(_NUM_ECHOES)]
-    best = [(0, min(small))]  # size, seconds
-    until = clock() + _BLOBS_S
-    for size in _BLOB_SIZES:
-        if clock() >= until:
-            break
-        blob = bytes(size)
-        times = [await echo_s(blob)]
-        while len(times) < _BLOBS_PER_SIZE and clock() < until:
-            times.append(await echo_s(blob))
-        best.append((size, min(times)))
-    (less, less_s), (more, more_s) = best[-2:]
-    seconds = max(more_s - less_s, (more - less) / MAX_BYTES_PER_S)
-    return statistics.median(small), (more - less) / seconds
-
-
-_GLANCE_BYTES: Final = 64 << 10
-_GLANCES: Final = 3
-
-
-async def glance_at_link(client: Echoes, *, clock: Clock = time.perf_counter) -> tuple[float, float]:
-    """The same by a few messages that disturb nobody: good enough to see that a link is no longer what it was."""
-
-    async def echo_s(data: bytes) -> float:
-        began = clock()
-        await client.echo(data)
-        return clock() - began
-
-    await echo_s(b"")
-    rtt_s = min([await echo_s(b"") for _ in range(_GLANCES)])
-    blob_s = min([await echo_s(bytes(_GLANCE_BYTES)) for _ in range(_GLANCES)])
-    return rtt_s, _GLANCE_BYTES / max(blob_s - rtt_s, _GLANCE_BYTES / MAX_BYTES_PER_S)

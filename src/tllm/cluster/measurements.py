@@ -3,7 +3,7 @@
 Nodes on one machine are measured one after the other, or they would slow each other; machines side by side. Links are
 measured in pairs, and what one direction takes stands for the other.
 
-This file does not know how anything is timed (`measure.py` does, on the nodes).
+This file does not know how anything is timed (`measure.py` and `echoes.py` do, on the nodes).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tllm.cluster.loads import ENGINE
-from tllm.cluster.measure import from_message, speed_key
 from tllm.cluster.membership import Member
+from tllm.cluster.speeds import from_message, speed_key
 from tllm.core.config import Deadlines
 from tllm.core.errors import FrameError, TransportError
 from tllm.core.types import HEAD, DType, Quantization

@@ -28,7 +28,8 @@ from typing import ParamSpec, TypeVar
 from tllm.cluster.history import StageHistory
 from tllm.cluster.loads import alike
 from tllm.cluster.machine import end_with_parent
-from tllm.cluster.measure import measure_speed, to_message
+from tllm.cluster.measure import measure_speed
+from tllm.cluster.speeds import to_message
 from tllm.cluster.stage import run_stage
 from tllm.core.config import Deadlines, join_address
 from tllm.core.errors import ConfigError, EngineError, TllmError, TransportError

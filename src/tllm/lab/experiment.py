@@ -166,13 +166,6 @@ class Parameters:
             raise self._wrong(name, value, f"a whole number from {least} on")
         return int(value)  # type: ignore[arg-type]
 
-    def optional_count(self, name: str, *, least: int = 1) -> int | None:
-        """None where it is not given."""
-        if name in self._values:
-            return self.count(name, least, least=least)
-        self._taken.append(name)
-        return None
-
     def counts(self, name: str, default: tuple[int, ...], *, least: int = 1) -> tuple[int, ...]:
         """Given as a list or as one number."""
         values = _as_tuple(self._take(name, default))

@@ -22,12 +22,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tllm.cluster.driver import Driver, Generation
+from tllm.cluster.echoes import measure_link
 from tllm.cluster.loads import ENGINE
 from tllm.cluster.machine import free_bytes, machine_id
-from tllm.cluster.measure import from_message, measure_link
 from tllm.cluster.placement import model_profile
 from tllm.cluster.process import WorkerProcess
 from tllm.cluster.shards import ShardStore
+from tllm.cluster.speeds import from_message
 from tllm.core.config import DEFAULT_BLOCK_SIZE, DEFAULT_MAX_BATCH_TOKENS, Deadlines, split_address
 from tllm.core.errors import EngineError, UnavailableError
 from tllm.core.types import HEAD, DType, Epoch, Quantization, SamplingParams, TokenId

@@ -6,7 +6,7 @@ This file does not know how any of them works; it is where the rest of tllm find
 
 from __future__ import annotations
 
-from tllm.transport.channels import Liveness
+from tllm.transport.channels import WINDOW_BYTES, Liveness
 from tllm.transport.control import ControlPeer, ControlServer, ControlStream, attach
 from tllm.transport.enrolment import Enrolment, enrol
 from tllm.transport.mailbox import Inbox
@@ -19,6 +19,7 @@ from tllm.transport.trust import Authority, Identity, token_id_of
 from tllm.transport.wire import PROTOCOL
 
 __all__ = [
+    "WINDOW_BYTES",
     "PROTOCOL",
     "Authority",
     "ControlPeer",

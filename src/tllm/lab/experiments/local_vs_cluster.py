@@ -103,13 +103,15 @@ class LocalVsClusterExperiment:
             inspector = stack.enter_context(child)
             ways[ENGINE] = _in_the_engine(inspector, self.stream)
             counts = {WORKER: 1} if subject.num_threads < 2 else {WORKER: 1, WORKERS: 2}
-            overhead = await measure_overhead(stages_of(subject.num_threads, max(counts.values())))
+            longest = stages_of(subject.num_threads, max(counts.values()))
+            overhead: Overhead | None = None
             rig: Rig | None = None
             for way, num_stages in counts.items():
                 stages = stages_of(subject.num_threads, num_stages)
                 rig = await stack.enter_async_context(
                     pipeline(directory, stages=stages, dtype=subject.dtype, quantization=subject.quantization)
                 )
+                overhead = overhead or await measure_overhead(longest, step_bytes=step_bytes(rig))
                 chunk = (await measured_forecast(rig, stages, overhead)).best_chunk(self.stream.prompt_tokens)
                 await serve_stream(rig, self.stream, prefill_chunk=chunk)
                 forecast = rig.forecast(overhead)

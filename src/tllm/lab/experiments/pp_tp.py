@@ -32,7 +32,7 @@ from tllm.lab.experiments.stream import (
     take_stream,
 )
 from tllm.lab.experiments.subject import Subject, random_prompts, take_subject
-from tllm.lab.forecast import Forecast
+from tllm.lab.forecast import Forecast, Overhead
 from tllm.lab.overhead import measure_overhead
 from tllm.lab.rig import Rig, Stage, pipeline
 
@@ -102,12 +102,13 @@ class PpTpExperiment:
             rigs: dict[str, Rig] = {}
             forecasts: dict[str, Forecast] = {}
             longest = max((_stages_of(cell) for cell in measured), key=len)
-            overhead = await measure_overhead(longest)
+            overhead: Overhead | None = None
             for cell in measured:
                 stages = _stages_of(cell)
                 rig = await stack.enter_async_context(
                     pipeline(directory, stages=stages, dtype=subject.dtype, quantization=subject.quantization)
                 )
+                overhead = overhead or await measure_overhead(longest, step_bytes=step_bytes(rig))
                 chunk = (await measured_forecast(rig, stages, overhead)).best_chunk(self.stream.prompt_tokens)
                 await serve_stream(rig, self.stream, prefill_chunk=chunk)
                 rigs[cell.name], forecasts[cell.name] = rig, rig.forecast(overhead)
